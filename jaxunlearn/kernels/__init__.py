@@ -1,0 +1,34 @@
+"""Kernels: a loss function goes in, a function comes out. Pure JAX; the caller jits and vmaps."""
+
+from jaxunlearn.kernels.coupling import check_loss
+from jaxunlearn.kernels.gradients import GradientInfo, weighted_grad, weighted_loss
+from jaxunlearn.kernels.newton import RemovalFigures, feature_gram, newton_step, removal_figures
+from jaxunlearn.kernels.per_example import PerExampleGradients, per_example
+from jaxunlearn.kernels.precision import check_float64, narrowings
+from jaxunlearn.kernels.products import hvp, hvp_many
+from jaxunlearn.kernels.rowwise import example_keys, row_losses, takes_key
+from jaxunlearn.kernels.solves import Solution, Solver, cg, cholesky
+
+__all__ = [
+    "GradientInfo",
+    "PerExampleGradients",
+    "RemovalFigures",
+    "Solution",
+    "Solver",
+    "cg",
+    "check_float64",
+    "check_loss",
+    "cholesky",
+    "example_keys",
+    "feature_gram",
+    "hvp",
+    "hvp_many",
+    "narrowings",
+    "newton_step",
+    "per_example",
+    "removal_figures",
+    "row_losses",
+    "takes_key",
+    "weighted_grad",
+    "weighted_loss",
+]

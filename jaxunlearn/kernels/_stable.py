@@ -1,0 +1,122 @@
+"""Norms that neither overflow nor underflow, and what they may be wrong by.
+
+`unit_roundoff(dtype)` is u: every rounding is off by at most a factor 1 +- u. A sum of n terms in
+any order is off by at most n u times the sum of their magnitudes (Higham 2002, eq. 4.4). Bounds
+here count roundings, times u, with a margin that covers the second-order terms.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+SLACK = 16
+"""Roundings granted to square roots, products and scalings, whose number never depends on sizes."""
+
+_BLOCK = 1024
+_BITS = {"float32": (jnp.int32, 23, 127), "float64": (jnp.int64, 52, 1023)}
+
+
+def widened(*arrays: Array) -> jnp.dtype:
+    """The dtype to accumulate in: float32, or wider where an operand is."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def unit_roundoff(dtype) -> float:
+    """u: 2^-24 in float32, 2^-53 in float64."""
+    return float(jnp.finfo(dtype).eps) / 2
+
+
+def exponent(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """The least e with |x| < 2^e; of a number too small to be normal, that of the smallest one."""
+    integer, shift, bias = _BITS[x.dtype.name]
+    bits = lax.bitcast_convert_type(jnp.abs(x), integer)
+    return jnp.right_shift(bits, shift).astype(jnp.int32) - (bias - 1)
+
+
+def scale_by(x: Float[Array, "..."], e: Int[Array, "..."]) -> Float[Array, "..."]:
+    """x * 2^e, exact as long as the result is a normal number."""
+    integer, shift, bias = _BITS[x.dtype.name]
+
+    def power_of_two(n):
+        return lax.bitcast_convert_type(jnp.left_shift((n + bias).astype(integer), shift), x.dtype)
+
+    e = jnp.clip(e, -2 * (bias - 1), 2 * bias)
+    half = e // 2
+    return x * power_of_two(half) * power_of_two(e - half)
+
+
+def additions(n: int) -> int:
+    """How many additions a term of `sum_squares` over n terms can pass through."""
+    return n if n <= 4 * _BLOCK else _BLOCK + n // _BLOCK + 1
+
+
+def sum_squares(x: Float[Array, "*b n"]) -> Float[Array, "*b"]:
+    """Sum of squares over the last axis."""
+    n = x.shape[-1]
+    if n <= 4 * _BLOCK:
+        return jnp.sum(x * x, axis=-1)
+    full = n // _BLOCK * _BLOCK
+    blocks = jnp.square(x[..., :full]).reshape(*x.shape[:-1], n // _BLOCK, _BLOCK)
+    # Without the barrier XLA joins the two sums into one long one.
+    partial = lax.optimization_barrier(jnp.sum(blocks, axis=-1))
+    return jnp.sum(partial, axis=-1) + jnp.sum(x[..., full:] ** 2, axis=-1)
+
+
+def relative_bound(n: int, dtype) -> float:
+    """Bound on the relative error of `norm` over n terms."""
+    return (additions(n) + SLACK) * unit_roundoff(dtype)
+
+
+def norm_parts(x: Float[Array, "*b n"]) -> tuple[Float[Array, "*b"], Int[Array, "*b"]]:
+    """(r, e) with ||x||_2 = r 2^e over the last axis; r is zero or in [1/2, 1)."""
+    shape = x.shape[:-1]
+    # As a matrix, so that XLA sees that a bias and its weight share a factor.
+    x = x.astype(widened(x)).reshape(size_of(shape), x.shape[-1])
+    squares = sum_squares(x)
+    low, high = (float(getattr(jnp.finfo(x.dtype), name)) for name in ("tiny", "max"))
+
+    def scaled():
+        e = exponent(jnp.max(jnp.abs(x), axis=-1, initial=0))
+        return jnp.sqrt(sum_squares(scale_by(x, -e[:, None]))), e
+
+    def plain():
+        return jnp.sqrt(squares), jnp.isnan(squares).astype(jnp.int32) * 0  # as local as squares
+
+    # What squares below `tiny` can hide is far below one rounding of a sum this large.
+    safe = jnp.all((squares > low * 2.0**40) & (squares < high * 2.0**-20))
+    r, e = (part.reshape(shape) for part in lax.cond(safe, plain, scaled))
+    return scale_by(r, -exponent(r)), e + exponent(r)
+
+
+def norm(x: Float[Array, "*b n"]) -> Float[Array, "*b"]:
+    """||x||_2 over the last axis, neither overflowing nor underflowing on the way."""
+    return scale_by(*norm_parts(x))
+
+
+def joint_norm(norms: list[Float[Array, " b"]], num_examples: int) -> Float[Array, " b"]:
+    """sqrt(sum of squares) of several norms, rounded by at most `len(norms) + SLACK` roundings."""
+    if not norms:
+        return jnp.zeros((num_examples,), jnp.float32)
+    dtype = widened(*norms)
+    return norm(jnp.stack([n.astype(dtype) for n in norms], axis=-1))
+
+
+def contract(subscripts: str, *arrays: Array) -> Array:
+    """`einsum` in float32 or wider, at the highest precision the device has."""
+    dtype = widened(*arrays)
+    same = all(array.dtype == arrays[0].dtype for array in arrays)
+    arrays = arrays if same else tuple(array.astype(dtype) for array in arrays)
+    return jnp.einsum(
+        subscripts, *arrays, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+    )
+
+
+def rows_where(mask: Array, x: Array) -> Array:
+    """`x` with zeros in the rows where `mask` is false; NaN times zero would be NaN."""
+    return jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+
+
+def size_of(shape: tuple[int, ...]) -> int:
+    """Number of elements of a shape."""
+    return int(np.prod(shape, dtype=np.int64))

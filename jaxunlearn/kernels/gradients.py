@@ -1,0 +1,127 @@
+"""Gradients of weighted sums of per-example losses: what training and deletion share."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from jaxunlearn.kernels.rowwise import (
+    as_weights,
+    check_rows,
+    fill_rows,
+    finite_rows,
+    local_params,
+    row_losses,
+    widened,
+)
+from jaxunlearn.types import Batch, LossFn, Params
+
+
+class GradientInfo(NamedTuple):
+    """What `weighted_grad` found: the weighted loss, and rows that counted as zero.
+
+    value: sum_i w_i loss_i / num_rows over the finite rows.
+    num_non_finite: rows of non-zero weight whose inputs or loss were not finite.
+    """
+
+    value: Float[Array, ""]
+    num_non_finite: Int[Array, ""]
+
+
+def weighted_grad(loss_fn: LossFn, *, has_info: bool = False):
+    """Gradient of the weighted loss, `sum_i w_i grad loss_i(params) / num_rows`, without L2.
+
+    Use it as the training gradient and a later replay is bitwise the run it replays: optimization
+    barriers keep XLA from fusing it differently into different programs.
+
+    Args:
+      loss_fn: mean of per-example losses, for any batch size.
+      has_info: also return a `GradientInfo`.
+
+    Returns:
+      A function (params, batch, weights, *, num_rows=None, keys=None) -> gradient like params.
+      weights: shape (B,), finite; zero removes a row, whatever it holds.
+      num_rows: the divisor; None means `sum(weights)`; a divisor of 0 gives a zero gradient.
+      keys: typed keys of shape (B,), `example_keys(step_key, ids)`, for a loss that takes a key.
+      A row whose inputs or loss are not finite contributes zero and is counted in the info.
+      Inside `shard_map` it is the gradient of the local rows; sum it with `jax.lax.psum`.
+
+    Cost: one batch gradient; a second one in a step where some loss is not finite.
+
+    >>> grad = weighted_grad(lambda w, batch: jnp.mean((batch - w) ** 2))
+    >>> grad(0.0, jnp.array([1.0, 3.0]), jnp.array([1.0, 0.0]))
+    Array(-2., dtype=float32, weak_type=True)
+    """
+    losses_of = row_losses(loss_fn)
+
+    def value_and_grad(params, batch, weights, live, divisor, keys):
+        rows = fill_rows(batch, live)
+
+        def total(p):
+            losses = widened(losses_of(p, rows, keys))
+            terms = jnp.where(live & jnp.isfinite(losses), weights * losses, 0.0)
+            return jnp.sum(terms) / divisor, losses
+
+        return jax.value_and_grad(total, has_aux=True)(params)
+
+    def gradient(
+        params: Params,
+        batch: Batch,
+        weights: Float[Array, "b"],
+        *,
+        num_rows: Float[Array, ""] | int | None = None,
+        keys: Key[Array, "b"] | None = None,
+    ):
+        check_rows(batch, weights, keys)
+        params = local_params(params, (batch, weights, keys))
+        params, batch, weights, num_rows, keys = jax.lax.optimization_barrier(
+            (params, batch, as_weights(weights), num_rows, keys)
+        )
+        count = jnp.sum(weights) if num_rows is None else jnp.asarray(num_rows, weights.dtype)
+        divisor = jnp.where(count == 0, 1.0, count)
+        counts = (weights != 0) & (count != 0)
+        live = counts & finite_rows(batch)
+        (value, losses), grads = value_and_grad(params, batch, weights, live, divisor, keys)
+        finite = live & jnp.isfinite(losses)
+
+        def without_bad_rows(_):
+            (value, _), grads = value_and_grad(params, batch, weights, finite, divisor, keys)
+            return value, grads
+
+        bad_loss = jnp.any(live & ~finite)
+        value, grads = jax.lax.cond(bad_loss, without_bad_rows, lambda kept: kept, (value, grads))
+        grads = _zero_where(~jnp.any(finite), grads)
+        info = GradientInfo(value, jnp.sum(counts & ~finite, dtype=jnp.int32))
+        grads, info = jax.lax.optimization_barrier((grads, info))
+        return (grads, info) if has_info else grads
+
+    return gradient
+
+
+def weighted_loss(loss_fn: LossFn):
+    """The value that `weighted_grad` differentiates, for line searches: `value_fn` of a step.
+
+    Returns a function (params, batch, weights, *, num_rows=None, keys=None) -> scalar.
+
+    >>> value = weighted_loss(lambda w, batch: jnp.mean((batch - w) ** 2))
+    >>> value(0.0, jnp.array([1.0, 3.0]), jnp.array([1.0, 0.0]))
+    Array(1., dtype=float32)
+    """
+    losses_of = row_losses(loss_fn)
+
+    def value(params, batch, weights, *, num_rows=None, keys=None):
+        check_rows(batch, weights, keys)
+        weights = as_weights(weights)
+        live = (weights != 0) & finite_rows(batch)
+        losses = widened(losses_of(params, fill_rows(batch, live), keys))
+        count = jnp.sum(weights) if num_rows is None else jnp.asarray(num_rows, weights.dtype)
+        terms = jnp.where(live & jnp.isfinite(losses), weights * losses, 0.0)
+        return jnp.where(count == 0, 0.0, jnp.sum(terms) / jnp.where(count == 0, 1.0, count))
+
+    return value
+
+
+def _zero_where(nothing_left, grads: Params) -> Params:
+    """Zeros where no row is left: a batch of zeros may itself have no finite gradient."""
+    return jax.tree.map(lambda g: jnp.where(nothing_left, jnp.zeros_like(g), g), grads)
