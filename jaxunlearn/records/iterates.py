@@ -1,0 +1,50 @@
+"""A float64 iterate inside a record of 32-bit leaves, so that it survives without x64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float64, PyTree, UInt32
+
+from jaxunlearn import tree
+
+
+def pack_float64(flat: Float64[np.ndarray, "p"]) -> UInt32[Array, "p 2"]:
+    """The bits of a float64 vector as pairs of words, low word first."""
+    return jnp.asarray(np.ascontiguousarray(flat, "<f8").view("<u4").reshape(-1, 2))
+
+
+def unpack_float64(words: UInt32[Array, "p 2"]) -> Float64[np.ndarray, "p"]:
+    """The inverse of `pack_float64`, on the host."""
+    return np.ascontiguousarray(jax.device_get(words), "<u4").view("<f8").ravel()
+
+
+def flatten(params: PyTree) -> Float64[np.ndarray, "p"]:
+    """All leaves of `params` in one float64 vector, in tree order, on the host."""
+    leaves = [np.ravel(jax.device_get(leaf)) for leaf in jax.tree.leaves(params)]
+    return np.concatenate([np.asarray(leaf, np.float64) for leaf in leaves])
+
+
+def split(flat: Float64[np.ndarray, "p"], like: PyTree) -> PyTree:
+    """A flat vector as float64 NumPy leaves shaped like `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
+    parts = np.split(np.asarray(flat), ends)
+    shaped = [part.reshape(np.shape(leaf)) for part, leaf in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(structure, shaped)
+
+
+def unflatten(flat: Float64[np.ndarray, "p"], like: PyTree) -> PyTree:
+    """A flat vector in the shapes, dtypes and weak types of `like`."""
+    cast = jax.tree.map(
+        lambda part, leaf: jnp.asarray(part, jnp.result_type(leaf)), split(flat, like), like
+    )
+    return tree.match_weak_types(cast, like)
+
+
+def widen(arrays: PyTree) -> PyTree:
+    """Inexact leaves in float64; call it under `jax.enable_x64(True)`."""
+
+    def wide(leaf):
+        return jnp.asarray(leaf, jnp.float64) if tree.is_inexact(leaf) else jnp.asarray(leaf)
+
+    return jax.tree.map(wide, arrays)
