@@ -1,0 +1,91 @@
+"""One budget over many releases, spent in integers rounded up, never in a drifting float."""
+
+import math
+from typing import NamedTuple
+
+from jaxunlearn import errors
+from jaxunlearn.accounting.release import certified_mu, release_mu
+from jaxunlearn.accounting.rounding import round_up
+from jaxunlearn.types import Budget
+
+BUDGET_UNITS = 2**30
+"""The whole budget: total mu squared is spent in whole units of this many."""
+
+
+class Charge(NamedTuple):
+    """The budget after one more release.
+
+    spent_units: of `BUDGET_UNITS`, this release included.
+    prior_mu: total mu of the releases before it, an upper bound.
+    """
+
+    spent_units: int
+    prior_mu: float
+
+
+def check_capacity(budget: Budget, num_examples: int) -> None:
+    """Refuse a budget that could forget everybody: no retained row, no minimiser."""
+    if budget.max_forget >= num_examples:
+        raise ValueError(
+            f"Expected budget.max_forget={budget.max_forget} < num_examples={num_examples}."
+        )
+
+
+def check_request(budget: Budget, total_forgotten: int, spent_units: int) -> None:
+    """Refuse a request that no residual, however small, would fit.
+
+    Raises:
+      BudgetExhaustedError: too many ids over all requests, or nothing left to spend.
+    """
+    if total_forgotten > budget.max_forget:
+        raise errors.BudgetExhaustedError(
+            f"Expected at most max_forget={budget.max_forget} ids over all requests, got "
+            f"{total_forgotten}. Retrain on the retain set."
+        )
+    if spent_units >= BUDGET_UNITS:
+        raise errors.BudgetExhaustedError(
+            "Expected some budget to be left, all of it is spent. Retrain on the retain set."
+        )
+
+
+def charge_release(
+    spent_units: int, *, budget: Budget, distance: float, noise_stddev: float, dimension: int
+) -> Charge:
+    """Add one Gaussian release to what is spent, or refuse.
+
+    Releases compose as mu_total = sqrt(sum mu_i^2) (Dong, Roth, Su 2022, Corollary 3.3); the budget
+    is the largest total that `certified_mu` allows, whatever the number of releases up to
+    `budget.max_forget`.
+
+    Args:
+      spent_units: what earlier releases took, in 0..BUDGET_UNITS.
+      distance: L2 sensitivity of this release, >= 0.
+      noise_stddev: its noise per coordinate.
+      dimension: number of coordinates.
+
+    Raises:
+      BudgetExhaustedError: it does not fit; nothing was spent.
+
+    >>> budget = Budget(epsilon=1.0, delta=1e-5, max_forget=10)
+    >>> charge_release(0, budget=budget, distance=0.1, noise_stddev=1.0, dimension=2).prior_mu
+    0.0
+    """
+    total = certified_mu(
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        dimension=dimension,
+        num_releases=budget.max_forget,
+    )
+    mu = release_mu(sensitivity=distance, noise_stddev=noise_stddev, dimension=dimension)
+    share = (mu / total) ** 2 * (1 + 1e-12)
+    cost = math.ceil(min(share, 2.0) * BUDGET_UNITS)
+    if spent_units + cost > BUDGET_UNITS:
+        left = (BUDGET_UNITS - spent_units) / BUDGET_UNITS
+        raise errors.BudgetExhaustedError(
+            f"Expected the distance to the target to fit what is left of the budget ({left:.1%} of "
+            f"epsilon={budget.epsilon:g}, delta={budget.delta:g} at noise {noise_stddev:.3g}), got "
+            f"a bound of {distance:.3g}, which takes {share:.1%}. Nothing was released: retrain on "
+            "the retain set, or train to a smaller gradient first."
+        )
+    prior_mu = round_up(total * math.sqrt(spent_units / BUDGET_UNITS)) if spent_units else 0.0
+    return Charge(spent_units + cost, prior_mu)
