@@ -1,0 +1,36 @@
+"""Certificates: what a deletion promises, in a form that can be read, stored and checked."""
+
+from jaxunlearn.certificates.certificate import (
+    DISCRETE_GAUSSIAN,
+    RECORD_STATEMENT,
+    WHY_EXACT,
+    Assumption,
+    Certificate,
+    Noise,
+    Sensitivity,
+)
+from jaxunlearn.certificates.commitment import commit_ids, seal
+from jaxunlearn.certificates.environment import environment
+from jaxunlearn.certificates.issue import issue
+from jaxunlearn.certificates.verify import Check, Verification, verify
+from jaxunlearn.certificates.wording import assumed, excluded, measured
+
+__all__ = [
+    "DISCRETE_GAUSSIAN",
+    "RECORD_STATEMENT",
+    "WHY_EXACT",
+    "Assumption",
+    "Certificate",
+    "Check",
+    "Noise",
+    "Sensitivity",
+    "Verification",
+    "assumed",
+    "commit_ids",
+    "environment",
+    "excluded",
+    "issue",
+    "measured",
+    "seal",
+    "verify",
+]
