@@ -1,0 +1,399 @@
+"""Certified removal by one Newton step, for L2-regularised convex losses.
+
+Sekhari, Acharya, Kamath, Suresh 2021 (arXiv 2103.03279) and Guo, Goldstein, Hannun, van der Maaten
+2020 (arXiv 1911.03030) take the same step,
+
+    w + H^-1 delta,   H = sum_R hess loss_i(w) + |R| l2 I,   delta = sum_U (grad loss_i(w) + l2 w),
+
+with U the forget set, R the retain set, and bound what is left before or after it. After it any
+solver is certified: F_R is l2-strongly convex, so ||w - w*_R|| <= ||grad F_R(w)|| / l2.
+"""
+
+import functools
+import secrets
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int, UInt8, UInt32
+
+from jaxunlearn import accounting, certificates, errors, kernels, records, tree
+from jaxunlearn.progress import progress as show_progress
+from jaxunlearn.types import (
+    Budget,
+    ForgetInfo,
+    Forgotten,
+    LossFn,
+    Params,
+    Quote,
+    Status,
+    Unlearner,
+    UnlearnerState,
+)
+
+DEFAULT_NOISE_STDDEV = 0.01
+PAPER = "Guo et al. 2020, arXiv 1911.03030; Sekhari et al. 2021, arXiv 2103.03279"
+
+
+class NewtonRecord(NamedTuple):
+    """What the next deletion needs; never released, since the iterate has no noise.
+
+    iterate_words: the un-noised float64 iterate as pairs of 32-bit words, one row a parameter.
+    release_digest: SHA-256 of the parameters last released; zeros before the first release.
+    spent_units: total mu squared spent, of `accounting.BUDGET_UNITS`, rounded up.
+    num_releases: releases so far.
+    """
+
+    participation: records.Participation
+    iterate_words: UInt32[Array, "p 2"]
+    release_digest: UInt8[Array, "32"]
+    spent_units: Int[Array, ""]
+    num_releases: Int[Array, ""]
+
+
+def newton(
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    *,
+    num_examples: int,
+    l2: float,
+    budget: Budget,
+    noise_stddev: float | None = None,
+    solver: kernels.Solver | None = None,
+    linear_model: accounting.LinearModel | None = None,
+    worst_case: accounting.WorstCase | None = None,
+    num_steps: int = 1,
+    microbatch_size: int | None = None,
+    entropy: accounting.Entropy = secrets.token_bytes,
+    progress: bool | None = None,
+) -> Unlearner:
+    """Wrap `tx` so that `forget` takes one Newton step to the retain-set minimiser and adds noise.
+
+    `update` adds `l2 * params` to the gradient. Train to a small gradient norm. `forget` bounds the
+    distance of the step to the minimiser, and refuses ("retrain") where it exceeds the budget.
+
+    Args:
+      tx: the whole optimizer, `optax.lbfgs()` say.
+      loss_fn: convex in the parameters; the mean of per-example losses, without L2; no key.
+      num_examples: ids are dense in 0..num_examples-1.
+      l2: > 0; strong convexity of the objective mean_i loss_i + (l2 / 2) ||params||^2.
+      budget: total epsilon and delta of all releases, and how many ids may ever be forgotten.
+      noise_stddev: noise per parameter of each release, fixed before any request. None takes twice
+        the least that certifies one release of `budget.max_forget` ids under `worst_case`, and
+        0.01 without it: a distance that this does not cover is refused.
+      solver: `kernels.cg(...)` or `kernels.cholesky()`; None means cg(tol=1e-8, 1000 iterations).
+      linear_model: an `accounting.LinearModel`; bounds the residual by solver gap, curvature
+        remainder and the measured residual of the start. Without it the result's is evaluated.
+      worst_case: an `accounting.WorstCase`; charges Sekhari's bound instead of a measured one.
+      num_steps: Newton steps; the second and later ones start from the retained gradient and
+        square the error. More than one needs the evaluated residual (no model of either kind).
+      microbatch_size: rows differentiated at a time in Hessian products; None takes all.
+      entropy: bytes for the noise; replace it in tests only.
+
+    Returns:
+      An `Unlearner`. After `forget`, `inner` is `tx.init(released parameters)`: scope "params".
+      `forget_step` takes all rows, leading axis num_examples, weight 0 for those to forget and id
+      -1 for those absent, and returns parameters WITHOUT noise.
+
+    Cost: three gradients and about two per solver iteration, over all rows, in float64.
+
+    Guarantees:
+      The bound is not below the true gradient norm of the retained objective at the iterate.
+      The noise of every release is fixed before the request, and the sum of what releases cost
+      never exceeds the budget.
+
+    Raises (forget):
+      IdError, WrongStateError, MissingDataError, TrainingRecordError, CoupledLossError,
+      SolverError (the objective is not convex), BudgetExhaustedError (retrain); inputs untouched.
+    """
+    solver = solver or kernels.cg(tol=1e-8, max_iterations=1000)
+    _check_options(loss_fn, l2, noise_stddev, worst_case, linear_model, num_steps)
+    if noise_stddev is None:
+        _calibrated_noise(worst_case, l2, budget, num_examples, 1)  # refuse here what cannot be
+    inner_update = records.wrapped_update(tx, records.Penalty(l2))
+    features = linear_model.features if linear_model else None
+    make_step = functools.partial(
+        kernels.newton_step, loss_fn, l2=l2, solver=solver, microbatch_size=microbatch_size
+    )
+    step = make_step()
+    take_step, refine = jax.jit(step), jax.jit(make_step(refine=True))
+    figures = kernels.removal_figures(
+        loss_fn, l2=l2, features=features, microbatch_size=microbatch_size
+    )
+    measure = jax.jit(figures)
+    gram_of = jax.jit(kernels.feature_gram(features or (lambda rows: rows)))
+    info_of = functools.partial(ForgetInfo.of, "newton")
+    loss_checked: list[bool] = []
+    templates: list[Params] = []
+    last: dict[str, float] = {}
+
+    def fresh_inner(params):
+        return tree.copy(optax.with_extra_args_support(tx).init(params))
+
+    def init(params):
+        templates[:] = [jax.eval_shape(lambda: params)]
+        count = tree.num_parameters(params)
+        record = NewtonRecord(
+            participation=records.init_participation(num_examples),
+            iterate_words=jnp.zeros((count, 2), jnp.uint32),
+            release_digest=jnp.zeros((32,), jnp.uint8),
+            spent_units=jnp.zeros((), jnp.int32),
+            num_releases=jnp.zeros((), jnp.int32),
+        )
+        return UnlearnerState(inner=fresh_inner(params), record=record)
+
+    def update(updates, opt_state, params=None, *, batch=None, ids=None, key=None, **extra):
+        del batch, key
+        records.check_update(opt_state, params, ids, NewtonRecord, "newton")
+        record = opt_state.record
+        ids = None if ids is None else jnp.asarray(ids)
+        participation = records.observe(record.participation, ids, num_examples)
+        updates, inner = inner_update(updates, opt_state.inner, params, **extra)
+        return updates, UnlearnerState(inner, record._replace(participation=participation))
+
+    def forget_step(params, state, rows, ids, weights):
+        new_params, solution = step(params, rows, ids, weights)
+        failed = solution.negative_curvature | ~tree.all_finite(new_params)
+        flag = jnp.where(solution.negative_curvature, int(Status.SOLVER_FAILED), 0)
+        flag |= jnp.where(tree.all_finite(new_params), 0, int(Status.NON_FINITE))
+        participation = state.record.participation
+        participation = participation._replace(status=participation.status | flag.astype(jnp.int32))
+        state = UnlearnerState(
+            inner=tree.poison(state.inner, failed),
+            record=state.record._replace(participation=participation),
+        )
+        arrays = {
+            "status": flag.astype(jnp.int32),
+            "residual_norm": solution.residual_norm,
+            "num_iterations": solution.num_iterations,
+        }
+        return tree.poison(new_params, failed), state, arrays
+
+    def check_request(params, opt_state, ids):
+        records.check_state(opt_state, NewtonRecord, "newton")
+        ids, num_duplicates = records.validate_ids(ids, num_examples)
+        record = opt_state.record
+        records.check_participation(record.participation, ids)
+        if templates:
+            records.check_params(params, templates[0], "newton")
+        total = len(records.forgotten_ids(record.participation)) + len(ids)
+        if ids.size:
+            accounting.check_request(budget, total, int(record.spent_units))
+        return ids, num_duplicates
+
+    def noise_of(dimension):
+        return noise_stddev or _calibrated_noise(worst_case, l2, budget, num_examples, dimension)
+
+    def check_once(params, batch):
+        if loss_checked:
+            return
+        few = jax.tree.map(lambda leaf: leaf[batch.weights > 0][:8], batch.rows)
+        kernels.check_loss(loss_fn, params, few)
+        with jax.enable_x64(True):
+            kernels.check_float64(loss_fn, *records.widen((params, few)))
+        loss_checked.append(True)
+
+    def take(params, record, batch):
+        with jax.enable_x64(True):
+            wide = records.widen(tuple(batch))
+            start = records.widen(_start(params, record))
+            moved, solution = take_step(start, *wide)
+            for _ in range(num_steps - 1):
+                _check_solution(solution, moved)
+                moved, solution = refine(moved, *wide)
+            _check_solution(solution, moved)
+            measured = jax.device_get(measure(start, moved, *wide))
+        figures = kernels.RemovalFigures(*(leaf.item() for leaf in measured))
+        return records.flatten(moved), figures, int(solution.num_iterations)
+
+    def feature_norm(batch):
+        with jax.enable_x64(True):
+            present = (batch.ids >= 0).astype(np.float64)
+            gram = jax.device_get(gram_of(*records.widen((batch.rows, present))))
+        return accounting.spectral_norm_bound(gram, num_rows=num_examples)
+
+    def forget(params, opt_state, ids, *, data=None, requester=None):
+        begun = time.perf_counter()
+        ids, num_duplicates = check_request(params, opt_state, ids)
+        if not ids.size:
+            return Forgotten(params, opt_state, info_of(ids, num_duplicates, begun))
+        record = opt_state.record
+        with show_progress("forgetting", 3, show=progress) as advance:
+            reader = records.RowReader(data)
+            batch = records.all_rows(reader, record.participation, ids, num_examples)
+            check_once(params, batch)
+            advance(1)
+            flat, figures, iterations = take(params, record, batch)
+            advance(1)
+            norm = feature_norm(batch) if features else None
+            bound = accounting.residual_bound(
+                figures, l2=l2, model=linear_model or worst_case, feature_norm=norm
+            )
+            advance(1)
+        last.update(iterations=iterations, bytes=2 * tree.num_bytes(batch.rows))
+        stddev = noise_of(len(flat))
+        charge = accounting.charge_release(
+            int(record.spent_units),
+            budget=budget,
+            distance=bound.distance,
+            noise_stddev=stddev,
+            dimension=len(flat),
+        )
+        release = accounting.add_grid_noise(
+            flat, noise_stddev=stddev, sensitivity=bound.distance, entropy=entropy
+        )
+        new_params = records.unflatten(release.values, params)
+        inner = fresh_inner(new_params)
+        new_state = UnlearnerState(
+            inner=tree.match_weak_types(inner, opt_state.inner),
+            record=_next_record(record, ids, flat, new_params, charge),
+        )
+        certificate, salt = certificates.issue(
+            ids, num_duplicates, (params, opt_state.inner), (new_params, inner),
+            epsilon=budget.epsilon, delta=budget.delta, prior_mu=charge.prior_mu,
+            releases_covered=int(new_state.record.num_releases), **_promise(bound, release),
+        )  # fmt: skip
+        info = info_of(
+            ids, num_duplicates, begun, requester=requester,
+            certificate=certificate, commitment_salt=salt,
+            measurements=_measurements(figures, bound, iterations, stddev, charge),
+        )  # fmt: skip
+        return Forgotten(new_params, new_state, info)
+
+    def quote(params, opt_state, ids):
+        terms = functools.partial(
+            Quote, guarantee="certified", epsilon=budget.epsilon, delta=budget.delta
+        )
+        try:
+            ids, _ = check_request(params, opt_state, ids)
+        except (errors.IdError, errors.TrainingRecordError, errors.BudgetExhaustedError) as error:
+            return terms(feasible=False, reason=str(error))
+        count = tree.num_parameters(params)
+        return terms(
+            num_forgotten=len(ids),
+            feasible=True,
+            reason="unless the measured residual exceeds what is left of the budget",
+            num_steps=num_steps,
+            num_gradients=8
+            + 2 * num_steps * int(last.get("iterations", tree.num_parameters(params))),
+            retrain_gradients=int(opt_state.record.participation.num_steps),
+            memory_bytes=int(last.get("bytes", 0)) + 80 * count,
+        )
+
+    return Unlearner(init, update, forget, quote, forget_step)
+
+
+def _check_options(loss_fn, l2, noise_stddev, worst_case, linear_model, num_steps):
+    """Refuse a bad configuration at the factory."""
+    if not (l2 > 0 and np.isfinite(l2)):
+        raise ValueError(f"Expected l2={l2} > 0: without it the minimiser is not unique.")
+    if noise_stddev is not None and not (noise_stddev > 0 and np.isfinite(noise_stddev)):
+        raise ValueError(f"Expected noise_stddev={noise_stddev} > 0.")
+    if worst_case is not None and linear_model is not None:
+        raise ValueError("Expected worst_case or linear_model, got both: choose one bound.")
+    modelled = worst_case is not None or linear_model is not None
+    if int(num_steps) != num_steps or num_steps < 1 or (num_steps > 1 and modelled):
+        raise ValueError(f"Expected num_steps >= 1, and 1 with a model, got {num_steps}.")
+    if kernels.takes_key(loss_fn):
+        raise errors.LossSignatureError(
+            "Expected loss_fn(params, batch): a minimiser has no key. Evaluate the model "
+            "deterministically, or use unlearners.replay."
+        )
+
+
+def _start(params: Params, record: NewtonRecord) -> Params:
+    """The un-noised iterate where `params` are the last release, else `params` themselves."""
+    released_before = int(record.num_releases) > 0
+    if released_before and tree.digest_bytes(params) == np.asarray(record.release_digest).tobytes():
+        return records.split(records.unpack_float64(record.iterate_words), params)
+    return params
+
+
+def _check_solution(solution: kernels.Solution, moved: Params) -> None:
+    if bool(solution.negative_curvature):
+        raise errors.SolverError(
+            "Expected a convex loss, met negative curvature in the retained Hessian. Raise l2, "
+            "make the loss convex, or use unlearners.replay."
+        )
+    if not bool(tree.all_finite(moved)):
+        raise errors.NonFiniteError("The Newton step is not finite; nothing was released.")
+
+
+def _calibrated_noise(worst_case, l2, budget, num_examples, dimension) -> float:
+    """Noise for one release of `max_forget` ids at twice the bound, to leave room for residuals."""
+    if worst_case is None:
+        return DEFAULT_NOISE_STDDEV
+    accounting.check_capacity(budget, num_examples)
+    distance = worst_case.distance(l2, budget.max_forget, num_examples - budget.max_forget)
+    return accounting.certified_noise(
+        epsilon=budget.epsilon, delta=budget.delta, sensitivity=2 * distance, dimension=dimension
+    )
+
+
+def _next_record(record, ids, flat, new_params, charge) -> NewtonRecord:
+    return NewtonRecord(
+        participation=records.bury(record.participation, ids),
+        iterate_words=records.pack_float64(flat),
+        release_digest=jnp.asarray(np.frombuffer(tree.digest_bytes(new_params), np.uint8)),
+        spent_units=jnp.asarray(charge.spent_units, jnp.int32),
+        num_releases=record.num_releases + 1,
+    )
+
+
+def _promise(bound, release) -> dict[str, Any]:
+    """The fields of the certificate that say what is promised, and what is not."""
+    return {
+        "method": "newton",
+        "paper": PAPER,
+        "target": "minimiser",
+        "guarantee": "certified",
+        "scope": "params",
+        "sensitivity": certificates.Sensitivity(
+            value=bound.distance, status=bound.status, text=bound.text
+        ),
+        "noise": certificates.Noise(
+            stddev=release.noise_stddev,
+            grid=release.grid,
+            mechanism=certificates.DISCRETE_GAUSSIAN,
+            rng=release.rng,
+        ),
+        "dimension": release.values.size,
+        "residuals": bound.terms,
+        "assumptions": (
+            *certificates.assumed(*_ASSUMED, **bound.assumptions),
+            *certificates.measured("data-dependent bound", "arithmetic"),
+        ),
+        "not_covered": certificates.excluded(*_EXCLUDED),
+    }
+
+
+_ASSUMED = (
+    *("convexity", "rows unchanged", "oblivious requests", "public settings"),
+    *("one lineage", "secret record"),
+)
+_EXCLUDED = (
+    "earlier models",
+    "optimizer state",
+    "preparation",
+    "copies",
+    "adaptive requests",
+    "other rows",
+    "this page",
+)
+
+
+def _measurements(figures, bound, iterations, stddev, charge) -> dict[str, Any]:
+    return {
+        "residual_bound": bound.residual,
+        "true_residual": figures.final_residual,
+        "distance_bound": bound.distance,
+        "start_residual": figures.start_residual,
+        "solver_iterations": iterations,
+        "noise_stddev": stddev,
+        "budget_spent": charge.spent_units / accounting.BUDGET_UNITS,
+        "num_non_finite_rows": figures.num_non_finite,
+        **{f"bound_{name}": value for name, value in bound.terms.items()},
+    }

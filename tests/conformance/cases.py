@@ -1,0 +1,374 @@
+"""What enters the conformance suite: a method by one line of CASES, a transform by one of INSIDE.
+
+All run on one least-squares problem, convex and tiny, whose parameters nest tuples and hold a
+scalar leaf, so that any method can take it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxunlearn import Budget, Unlearner, kernels, records, unlearners
+
+NUM_EXAMPLES, NUM_SEEN, BATCH, STEPS = 40, 13, 4, 9
+"""40 ids are declared, rows 0..13 have data, ids 0..12 are trained on."""
+
+
+class Entropy:
+    """Bytes that can be rewound: two noisy releases are equal where they are before noise."""
+
+    def __init__(self, seed: bytes = b"conformance"):
+        self._seed, self._count = seed, 0
+
+    def __call__(self, size: int) -> bytes:
+        self._count += 1
+        return hashlib.shake_256(self._seed + self._count.to_bytes(8, "little")).digest(size)
+
+    def rewind(self) -> None:
+        self._count = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One method. factory(tx, loss_fn, num_examples=, **options) -> `Unlearner`.
+
+    exact: parameters and inner state must equal the oracle's; `oracle_options` go to it.
+    noisy: takes `entropy=`, which the suite injects and rewinds.
+    has_max_steps: takes `max_steps=`, and refuses a run that is longer.
+    crossed: is run with every transform of INSIDE; a mere variant runs with the plain one.
+    operands: (run, forget) -> what `forget_step` takes to forget those ids from a `Trained`.
+    before_noise: the parameters that a `Forgotten` had before noise.
+    """
+
+    name: str
+    factory: Callable[..., Unlearner]
+    options: dict[str, Any]
+    operands: Callable[..., tuple]
+    exact: bool = False
+    noisy: bool = False
+    has_max_steps: bool = False
+    crossed: bool = True
+    before_noise: Callable[[Any], Any] = lambda forgotten: forgotten.params
+    oracle_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def run_as_segment(run: "Trained", forget) -> tuple:
+    """A whole run as one segment, from a fresh start, with the record rewound to step 0."""
+    params, fresh = run.problem.start()
+    record = run.state.record
+    rewound = record.participation._replace(num_steps=fresh.record.participation.num_steps)
+    state = fresh._replace(record=record._replace(participation=rewound))
+    ids = np.stack([ids_of_step(t) for t in range(STEPS)])
+    ids = np.where(np.isin(ids, forget), -1, ids)
+    rows, _ = run.problem.batch(ids)
+    return params, state, rows, ids, (ids >= 0).astype(np.float32)
+
+
+def rows_at_once(run: "Trained", forget) -> tuple:
+    """The trained state and all rows by id, -1 for those never trained on."""
+    ids = np.arange(NUM_EXAMPLES, dtype=np.int32)
+    ids = np.where(ids < NUM_SEEN, ids, -1)
+    rows, _ = run.problem.batch(ids)
+    weights = ((ids >= 0) & ~np.isin(ids, forget)).astype(np.float32)
+    return run.params, run.state, rows, ids, weights
+
+
+def iterate_of(forgotten):
+    """The un-noised float64 iterate in the record."""
+    words = forgotten.opt_state.record.iterate_words
+    return records.split(records.unpack_float64(words), forgotten.params)
+
+
+REPLAY = {"batch_size": BATCH, "max_steps": STEPS + 3, "num_checkpoints": 3}
+KEPT = {"normalizer": "kept"}
+NEWTON = {
+    "l2": 0.5,
+    "noise_stddev": 10.0,
+    "budget": Budget(epsilon=50.0, delta=1e-5, max_forget=8),
+}
+_replay = functools.partial(
+    Case, factory=unlearners.replay, operands=run_as_segment, exact=True, has_max_steps=True
+)
+CASES = [
+    _replay("replay", options=REPLAY),
+    _replay("replay-kept", options=REPLAY | KEPT, oracle_options=KEPT, crossed=False),
+    Case("newton", unlearners.newton, NEWTON, rows_at_once, noisy=True, before_noise=iterate_of),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inside:
+    """An optimizer to be wrapped. before_step(step, inner) -> inner: what is set from outside."""
+
+    name: str
+    make: Callable[[], optax.GradientTransformation]
+    before_step: Callable[[int, Any], Any] | None = None
+
+
+def _is_matrix(params):
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 0, params)
+
+
+def _labels(params):
+    return jax.tree.map(lambda leaf: "matrix" if jnp.ndim(leaf) else "scalar", params)
+
+
+def _set_rate(step: int, inner):
+    """A learning rate that the training loop decays, wherever it is injected."""
+    rate = jnp.asarray(0.1 / (1 + step), jnp.float32)
+    injected = lambda node: hasattr(node, "hyperparams")
+    return jax.tree.map(
+        lambda node: (
+            node._replace(hyperparams=node.hyperparams | {"learning_rate": rate})
+            if injected(node)
+            else node
+        ),
+        inner,
+        is_leaf=injected,
+    )
+
+
+_injected_sgd = optax.inject_hyperparams(optax.sgd)
+_schedule = optax.cosine_decay_schedule(0.1, STEPS)
+INSIDE = [
+    Inside("adamw", lambda: optax.adamw(_schedule)),
+    Inside("momentum", lambda: optax.sgd(0.05, momentum=0.9)),
+    Inside("chain", lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))),
+    Inside(
+        "named_chain",
+        lambda: optax.named_chain(("clip", optax.clip(1.0)), ("sgd", optax.sgd(_schedule))),
+    ),
+    Inside(
+        "masked",
+        lambda: optax.chain(
+            optax.masked(
+                optax.scale_by_adam(), lambda p: jax.tree.map(lambda x: jnp.ndim(x) > 0, p)
+            ),
+            optax.scale(-0.05),
+        ),
+    ),
+    Inside(
+        "partition",
+        lambda: optax.partition({"matrix": optax.adam(0.1), "scalar": optax.sgd(0.1)}, _labels),
+    ),
+    Inside(
+        "multi_steps",
+        lambda: optax.MultiSteps(optax.adam(0.1), every_k_schedule=2).gradient_transformation(),
+    ),
+    Inside("inject_hyperparams", lambda: _injected_sgd(learning_rate=_schedule, momentum=0.9)),
+    Inside(
+        "hyperparams_set_in_chain",
+        lambda: optax.chain(optax.clip(1.0), optax.masked(_injected_sgd(learning_rate=0.1), True)),
+        _set_rate,
+    ),
+    Inside("apply_if_finite", lambda: optax.apply_if_finite(optax.adam(0.1), 3)),
+    Inside("lbfgs", lambda: optax.lbfgs(memory_size=2)),
+    Inside(
+        "add_noise",
+        lambda: optax.chain(
+            optax.add_noise(eta=0.01, gamma=0.5, key=jax.random.key(7)), optax.sgd(0.05)
+        ),
+    ),
+]
+PLAIN = INSIDE[0]
+PAIRS = [(case, inside) for case in CASES for inside in INSIDE if case.crossed or inside is PLAIN]
+CROSSED = [(case.name, inside.name) for case, inside in PAIRS]
+CROSSED_EXACT = [(case.name, inside.name) for case, inside in PAIRS if case.exact]
+
+
+@dataclasses.dataclass
+class Problem:
+    """One method round one optimizer, on the suite's data; `traces` counts traces of the loss."""
+
+    case: Case
+    unlearner: Unlearner
+    tx: optax.GradientTransformation
+    loss_fn: Callable
+    data: dict[str, np.ndarray]
+    params: Any
+    inside: Inside
+    entropy: Entropy
+    traces: list[int]
+    step_traces: list[int]
+    step: Callable
+
+    def start(self):
+        """Fresh parameters and state, safe to donate."""
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
+        return params, self.unlearner.init(params)
+
+    def train(self, steps: int = STEPS, *, start=None, first: int = 0):
+        """`steps` donated steps of plain training, from a fresh start or from (params, state)."""
+        params, state = self.start() if start is None else start
+        for t in range(first, first + steps):
+            if self.inside.before_step:
+                state = state._replace(inner=self.inside.before_step(t, state.inner))
+            params, state = self.step(params, state, *self.batch(ids_of_step(t)))
+        return params, state
+
+    def batch(self, ids):
+        """Rows by id; padding gets garbage, which no method may look at."""
+        rows = jax.tree.map(lambda leaf: leaf[np.maximum(ids, 0)], self.data)
+        return rows, ids
+
+    def forget(self, params, state, ids, **options):
+        """`forget` with the suite's data, and the noise rewound."""
+        self.entropy.rewind()
+        return self.unlearner.forget(params, state, ids, **({"data": self.data} | options))
+
+
+def ids_of_step(step: int) -> np.ndarray:
+    """Row ids of one step: three epochs over rows 0..12, the last batch of each padded with -1."""
+    order = np.random.default_rng(step // 4).permutation(12).astype(np.int32)
+    order = np.concatenate([order, [12, -1, -1, -1]]).astype(np.int32)
+    return order[(step % 4) * BATCH :][:BATCH]
+
+
+def make_data() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.normal(size=(14, 5)).astype(np.float32),
+        "y": rng.normal(size=14).astype(np.float32),
+    }
+
+
+def make_params(dtype=jnp.float32):
+    """Nested tuples, a dict, a matrix and a scalar."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.3, dtype)
+    return {"bias": draw(), "deep": ((draw(5, 1),), ())}
+
+
+def squared_error(params, batch):
+    """Half the mean squared error of a linear model, quadratic in the parameters."""
+    (matrix,), _ = params["deep"]
+    predicted = (batch["x"].astype(matrix.dtype) @ matrix)[:, 0] + params["bias"]
+    return 0.5 * jnp.mean((predicted - batch["y"].astype(matrix.dtype)) ** 2)
+
+
+def make_problem(
+    case: Case, inside: Inside, *, dtype=jnp.float32, tx=None, extra=None, **options
+) -> Problem:
+    """The suite's problem for one method and one optimizer. extra: more arguments for update."""
+    traces, step_traces, entropy = [0], [0], Entropy()
+
+    def loss_fn(params, batch):
+        traces[0] += 1
+        return squared_error(params, batch)
+
+    tx = inside.make() if tx is None else tx
+    noise = {"entropy": entropy} if case.noisy else {}
+    unlearner = case.factory(
+        tx, loss_fn, num_examples=NUM_EXAMPLES, **(case.options | noise | options)
+    )
+    gradient = kernels.weighted_grad(loss_fn, has_info=True)
+    value = kernels.weighted_loss(loss_fn)
+
+    def step(params, state, rows, ids):
+        step_traces[0] += 1
+        weights = (ids >= 0).astype(jnp.float32)
+        grads, info = gradient(params, rows, weights)
+        value_fn = lambda p: value(p, rows, weights)
+        updates, state = unlearner.update(
+            grads, state, params, batch=rows, ids=ids,
+            value=info.value, grad=grads, value_fn=value_fn, **(extra or {}),
+        )  # fmt: skip
+        return optax.apply_updates(params, updates), state
+
+    return Problem(
+        case=case,
+        unlearner=unlearner,
+        tx=tx,
+        loss_fn=loss_fn,
+        data=make_data(),
+        params=make_params(dtype),
+        inside=inside,
+        entropy=entropy,
+        traces=traces,
+        step_traces=step_traces,
+        step=jax.jit(step, donate_argnums=(0, 1)),
+    )
+
+
+@dataclasses.dataclass
+class Trained:
+    """A problem, its trained parameters and state, and its answer to `forget([3, 5])`."""
+
+    problem: Problem
+    params: Any
+    state: Any
+    forgotten: Any
+
+
+@functools.cache
+def trained(case_name: str, inside_name: str = PLAIN.name) -> Trained:
+    """Trained once a session; donate copies of it only."""
+    case = next(case for case in CASES if case.name == case_name)
+    inside = next(inside for inside in INSIDE if inside.name == inside_name)
+    problem = make_problem(case, inside)
+    params, state = problem.train()
+    return Trained(problem, params, state, problem.forget(params, state, [3, 5]))
+
+
+def avals(tree) -> list[tuple]:
+    """Path, shape, dtype and weak type of every leaf."""
+    return [
+        (
+            jax.tree_util.keystr(path),
+            jnp.shape(x),
+            jnp.result_type(x),
+            bool(getattr(x, "weak_type", False)),
+        )
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def bits(tree) -> dict[str, tuple]:
+    """Dtype, shape and bytes of every leaf by its path, typed keys by their words."""
+
+    def content(leaf):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf)
+        return array.dtype.name, array.shape, array.tobytes()
+
+    return {
+        jax.tree_util.keystr(path): content(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def differing(a, b) -> list[str]:
+    """Paths of the leaves that differ in any bit; empty for equal trees."""
+    a, b = bits(a), bits(b)
+    assert a.keys() == b.keys()
+    return [path for path in a if a[path] != b[path]]
+
+
+@contextlib.contextmanager
+def compilations():
+    """Collects one entry for every program that XLA compiles inside the block."""
+    found = []
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def copied(tree):
+    """A deep copy, to be donated."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
