@@ -40,7 +40,13 @@ def num_parameters(tree: PyTree) -> int:
 
 def copy(tree: PyTree) -> PyTree:
     """A deep copy, so that donating one tree does not delete the other's buffers."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+    def duplicate(leaf):
+        # JAX may still be reading a NumPy array when jnp.array returns, so it is copied here.
+        own = np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
+        return jnp.array(own, copy=True)
+
+    return jax.tree.map(duplicate, tree)
 
 
 def match_weak_types(tree: PyTree, like: PyTree) -> PyTree:
