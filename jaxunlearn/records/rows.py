@@ -88,7 +88,8 @@ class RowReader:
             raise errors.MissingDataError(
                 f"Expected leaves of data[ids] with leading axis {len(ids)}, got {lengths or 0}."
             )
-        if any(getattr(leaf, "dtype", None) == object for leaf in jax.tree.leaves(rows)):
+        has_objects = lambda leaf: isinstance(leaf, np.ndarray) and leaf.dtype.hasobject
+        if any(has_objects(leaf) for leaf in jax.tree.leaves(rows)):
             raise errors.MissingDataError(
                 "Expected arrays of numbers from data[ids], got a list that is not one: a batch "
                 "is columns of rows, not a list of examples."
