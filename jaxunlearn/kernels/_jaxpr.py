@@ -1,9 +1,10 @@
 """Evaluating a jaxpr while remembering which equation made each value."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jax.extend import core as jex_core
+if TYPE_CHECKING:
+    from jax.extend import core as jex_core
 
 # Evaluated in place: their body. What a checkpoint would compute again is kept; it is a factor.
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"})
@@ -23,7 +24,7 @@ class Node:
         return "input" if self.eqn is None else self.eqn.primitive.name
 
 
-def evaluate(closed: jex_core.ClosedJaxpr, args: list[Any]) -> list[Node]:
+def evaluate(closed: "jex_core.ClosedJaxpr", args: list[Any]) -> list[Node]:
     """The outputs of `closed` at `args`, as nodes. Values nobody uses are left to XLA to drop."""
     return _run(closed.jaxpr, [Node(c) for c in closed.consts], [Node(a) for a in args])
 
@@ -32,8 +33,8 @@ def _run(jaxpr, consts: list[Node], inputs: list[Node]) -> list[Node]:
     """Evaluate `jaxpr` equation by equation."""
     nodes = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
 
-    def read(atom):
-        return Node(atom.val) if isinstance(atom, jex_core.Literal) else nodes[atom]
+    def read(atom):  # a literal has its value with it
+        return Node(atom.val) if hasattr(atom, "val") else nodes[atom]
 
     for eqn in jaxpr.eqns:
         operands = tuple(read(atom) for atom in eqn.invars)
