@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
 from jaxunlearn.kernels.rowwise import (
     as_weights,
     check_rows,
@@ -74,6 +76,13 @@ def weighted_grad(loss_fn: LossFn, *, has_info: bool = False):
         keys: Key[Array, "b"] | None = None,
     ):
         check_rows(batch, weights, keys)
+        everywhere = GradientInfo(PartitionSpec(), PartitionSpec())
+        like_params = lambda: (specs_of(params), everywhere)
+        operands = (params, batch, weights, num_rows, keys)
+        grads, info = in_automatic_axes(gradient_and_info, *operands, specs=like_params)
+        return (grads, info) if has_info else grads
+
+    def gradient_and_info(params, batch, weights, num_rows, keys):
         params = local_params(params, (batch, weights, keys))
         params, batch, weights, num_rows, keys = jax.lax.optimization_barrier(
             (params, batch, as_weights(weights), num_rows, keys)
@@ -93,8 +102,7 @@ def weighted_grad(loss_fn: LossFn, *, has_info: bool = False):
         value, grads = jax.lax.cond(bad_loss, without_bad_rows, lambda kept: kept, (value, grads))
         grads = _zero_where(~jnp.any(finite), grads)
         info = GradientInfo(value, jnp.sum(counts & ~finite, dtype=jnp.int32))
-        grads, info = jax.lax.optimization_barrier((grads, info))
-        return (grads, info) if has_info else grads
+        return jax.lax.optimization_barrier((grads, info))
 
     return gradient
 

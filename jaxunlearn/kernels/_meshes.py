@@ -1,0 +1,57 @@
+"""Meshes whose axes are explicit: inside a kernel the partitioner is left to place what is computed.
+
+With explicit axes JAX asks every contraction, gather and reshape of a sharded axis where its result
+is to live. A kernel's own steps, and the loss it differentiates, are not written that way; what it
+returns is: rows as the batch, parameters as the parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import PyTree
+
+
+def specs_of(tree: PyTree) -> PyTree:
+    """Where each leaf lives: a tree of `PartitionSpec`, to ask for a result that lives there too."""
+    return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
+
+
+def row_specs(tree: PyTree, batch: PyTree) -> PyTree:
+    """Specs that place the first axis as long as the batch like the batch's rows."""
+    first = jax.tree.leaves(batch)[0]
+    num_rows, spec = jax.numpy.shape(first)[0], jax.typeof(first).sharding.spec
+    rows = spec[0] if len(spec) else None
+
+    def place(leaf):
+        axes = [axis for axis, length in enumerate(leaf.shape) if length == num_rows]
+        return PartitionSpec(*[None] * axes[0], rows) if axes else PartitionSpec()
+
+    return jax.tree.map(place, tree)
+
+
+def in_automatic_axes(
+    function: Callable[..., PyTree], *operands: PyTree, specs: Callable[[], PyTree]
+) -> Any:
+    """`function(*operands)`, with explicit mesh axes made automatic inside and `specs()` outside.
+
+    specs: gives the `PartitionSpec` of every output; asked for only where a mesh is explicit.
+    """
+    mesh = _explicit_mesh(operands)
+    if mesh is None:
+        return function(*operands)
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(name for name, kind in types if kind == AxisType.Explicit)
+    with jax.sharding.use_abstract_mesh(mesh):
+        inside = jax.sharding.auto_axes(function, axes=axes, out_sharding=specs())
+        return inside(*operands)
+
+
+def _explicit_mesh(operands: PyTree):
+    """The abstract mesh of the first operand that lives on one with an explicit axis, or None."""
+    for leaf in jax.tree.leaves(operands):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if not mesh.empty and AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
