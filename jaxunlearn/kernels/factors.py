@@ -1,6 +1,6 @@
 """Per-example gradients of one parameter, kept as the factors they are made of.
 
-Every class here is a registered pytree with the same eight members; a new kind of leaf is a new
+Every class here is a registered pytree with the same nine members; a new kind of leaf is a new
 class with these and a rule in `_rules.py` that builds it.
 
     size           (B,)  an upper bound on each norm, finite exactly where the row is usable
@@ -8,7 +8,8 @@ class with these and a rule in `_rules.py` that builds it.
     norms()        (B,), (B,)  each norm, and an upper bound on what it is in exact arithmetic
     sum(weights)         sum_i w_i g_i, shaped like the parameter
     dot(vector)    (B,)  <g_i, vector>
-    gram()         (B, B)  <g_i, g_j>
+    row(i)               g_i, shaped like the parameter
+    gram(other)    (B, C)  <g_i, h_j> with another batch's gradients of the same parameter; or own
     materialize()  (B, *shape)
     floats               numbers kept per example
 """
@@ -44,10 +45,17 @@ class Factor(Protocol):
     def norms(self) -> tuple[Array, Array]: ...
     def sum(self, weights: Array | None) -> Array: ...
     def dot(self, vector: Array) -> Array: ...
-    def gram(self) -> Array: ...
+    def row(self, i: Array) -> Array: ...
+    def gram(self, other: "Factor | None" = None) -> Array: ...
     def materialize(self) -> Array: ...
     @property
     def floats(self) -> int: ...
+
+
+def gram_by_rows(mine: Factor, others: Factor) -> Float[Array, "b c"]:
+    """<g_i, h_j> for factors of unlike kinds: one g_i multiplied out at a time."""
+    num_rows = mine.size.shape[0]
+    return lax.map(lambda i: others.dot(mine.row(i)), jnp.arange(num_rows))
 
 
 def unpack(x: Array, steps: Steps) -> Array:
@@ -135,25 +143,18 @@ class Outer:
         moved = contract("bstm,smn->bstn", self.left, pack(vector, self.steps))
         return contract("bstn,bstn->b", moved, self.right)
 
-    def gram(self) -> Array:
-        num_examples, num_blocks, num_tokens, m = self.left.shape
-        if num_tokens == 1:
-            lefts = contract("bsm,csm->sbc", self.left[:, :, 0], self.left[:, :, 0])
-            rights = contract("bsn,csn->sbc", self.right[:, :, 0], self.right[:, :, 0])
+    def row(self, i: Array) -> Array:
+        return unpack(contract("stm,stn->smn", self.left[i], self.right[i])[None], self.steps)[0]
+
+    def gram(self, other: Factor | None = None) -> Array:
+        other = self if other is None else other
+        if not isinstance(other, Outer) or other.steps != self.steps:
+            return gram_by_rows(self, other)
+        if self.left.shape[2] == other.left.shape[2] == 1:
+            lefts = contract("bsm,csm->sbc", self.left[:, :, 0], other.left[:, :, 0])
+            rights = contract("bsn,csn->sbc", self.right[:, :, 0], other.right[:, :, 0])
             return jnp.sum(lefts * rights, axis=0)
-        # The product, a few rows of it at a time: never (B, m, n) at once.
-        per_row = num_examples * num_blocks * self.right.shape[-1]
-        chunk = max(1, min(m, _CHUNK_FLOATS // max(1, per_row)))
-        num_chunks = -(-m // chunk)
-        padding = [(0, 0)] * 3 + [(0, num_chunks * chunk - m)]
-        chunks = jnp.pad(self.left, padding).reshape(*self.left.shape[:3], num_chunks, chunk)
-
-        def add(total, left):
-            rows = contract("bstm,bstn->bsmn", left, self.right).reshape(num_examples, -1)
-            return total + contract("bk,ck->bc", rows, rows), None
-
-        zero = jnp.zeros((num_examples, num_examples), self.size.dtype)
-        return lax.scan(add, zero, jnp.moveaxis(chunks, 3, 0))[0]
+        return _gram_by_chunks(self, other)
 
     def materialize(self) -> Array:
         return unpack(contract("bstm,bstn->bsmn", self.left, self.right), self.steps)
@@ -199,8 +200,14 @@ class Dense:
     def dot(self, vector: Array) -> Array:
         return contract("bk,k->b", self.rows, vector.ravel())
 
-    def gram(self) -> Array:
-        return contract("bk,ck->bc", self.rows, self.rows)
+    def row(self, i: Array) -> Array:
+        return self.value[i]
+
+    def gram(self, other: Factor | None = None) -> Array:
+        other = self if other is None else other
+        if not isinstance(other, Dense):
+            return gram_by_rows(self, other)
+        return contract("bk,ck->bc", self.rows, other.rows)
 
     def materialize(self) -> Array:
         return self.value
@@ -245,13 +252,40 @@ class Shared:
     def dot(self, vector: Array) -> Array:
         return self.rows * contract("k,k->", self.value.ravel(), vector.ravel())
 
-    def gram(self) -> Array:
-        square = contract("k,k->", self.value.ravel(), self.value.ravel())
-        return square * self.rows[:, None] * self.rows[None, :]
+    def row(self, i: Array) -> Array:
+        return self.rows[i] * self.value.astype(self.size.dtype)
+
+    def gram(self, other: Factor | None = None) -> Array:
+        other = self if other is None else other
+        return self.rows[:, None] * other.dot(self.value)[None, :]
 
     def materialize(self) -> Array:
         rows = self.rows.reshape(-1, *[1] * self.value.ndim)
         return rows * self.value.astype(self.size.dtype)
+
+
+def _gram_by_chunks(mine: Outer, others: Outer) -> Float[Array, "b c"]:
+    """<g_i, h_j> from the products, a few of their rows at a time: never (B, m, n) at once."""
+    m = mine.left.shape[-1]
+    num_examples = mine.left.shape[0] + others.left.shape[0]
+    per_row = num_examples * mine.left.shape[1] * mine.right.shape[-1]
+    chunk = max(1, min(m, _CHUNK_FLOATS // max(1, per_row)))
+    num_chunks = -(-m // chunk)
+
+    def chunked(left):
+        left = jnp.pad(left, [(0, 0)] * 3 + [(0, num_chunks * chunk - m)])
+        return jnp.moveaxis(left.reshape(*left.shape[:3], num_chunks, chunk), 3, 0)
+
+    def add(total, lefts):
+        rows, other_rows = (
+            contract("bstm,bstn->bsmn", left, factor.right).reshape(left.shape[0], -1)
+            for left, factor in zip(lefts, (mine, others))
+        )
+        return total + contract("bk,ck->bc", rows, other_rows), None
+
+    dtype = widened(mine.size, others.size)
+    start = jnp.zeros((mine.left.shape[0], others.left.shape[0]), dtype)
+    return lax.scan(add, start, (chunked(mine.left), chunked(others.left)))[0]
 
 
 def _weighted(weights: Array, x: Array) -> Array:
