@@ -69,6 +69,17 @@ found["per_example_raw"] = gap(shard(parts, **rows_specs)(w, x), true_rows)
 placed = [jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (x, weights)]
 found["rows_jit_sharded"] = gap(jax.jit(rows)(w, placed[0]), true_rows)
 found["ours_jit_sharded"] = gap(jax.jit(local)(w, *placed), true_grad)
+dims = ("NHWC", "HWIO", "NHWC")
+convolve = lambda k, row: jax.lax.conv_general_dilated(
+    row[None], k, (1, 1), "SAME", dimension_numbers=dims
+)
+pixels = jnp.asarray(rng.normal(size=(8, 4, 4, 2)), jnp.float32)
+kernel = jnp.asarray(rng.normal(size=(3, 3, 2, 3)), jnp.float32)
+of_pixels = jax.vmap(jax.grad(lambda k, row: jnp.sum(jnp.tanh(convolve(k, row)))), (None, 0))
+placed_pixels = jax.device_put(pixels, NamedSharding(mesh, P("data")))
+found["convolution_jit_sharded"] = gap(
+    jax.jit(of_pixels)(kernel, placed_pixels), of_pixels(kernel, pixels)
+)
 explicit = jax.make_mesh((2,), ("data",))
 found["default_axis_type"] = str(explicit.axis_types[0])
 twice = lambda a: 2 * a
@@ -106,6 +117,11 @@ def test_t1_per_example_gradients_of_replicated_params_are_summed_across_devices
 @pytest.mark.parametrize("way", ["rows_pcast", "rows_unchecked", "rows_jit_sharded"])
 def test_t1_a_cast_or_no_check_or_plain_jit_is_right(two_devices, way):
     assert two_devices[way] < 1e-6
+
+
+def test_t1_vmap_grad_of_a_convolution_over_sharded_rows_is_wrong_under_plain_jit_too(two_devices):
+    """XLA partitions a convolution grouped by example as if the groups were one."""
+    assert two_devices["convolution_jit_sharded"] > 0.1
 
 
 @pytest.mark.parametrize("way", ["ours_pcast", "ours_unchecked", "ours_jit_sharded"])
