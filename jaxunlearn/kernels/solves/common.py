@@ -1,0 +1,268 @@
+"""What all solvers share: the solution, vectors and stacks of them, scaling, and the loop."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxunlearn import tree
+from jaxunlearn.kernels import _stable
+
+LOOPS = ("auto", "device", "host", "unrolled")
+
+
+class Solution(NamedTuple):
+    """What a solver returns; with many right-hand sides every field has a leading axis.
+
+    x: the solution, like the right-hand side.
+    residual_norm: ||matvec(x) - rhs||_2, evaluated at x, not carried by a recurrence. Solved means
+      `residual_norm <= tol * ||rhs||`: NaN is not, and a series that diverged exceeds ||rhs||.
+    num_iterations: products with the matrix, without the one for the residual.
+    negative_curvature: whether some direction p had p' A p <= 0 or not a number; then x is the
+      last good iterate. MINRES goes on past it.
+    """
+
+    x: PyTree
+    residual_norm: Float[Array, "*k"]
+    num_iterations: Int[Array, "*k"]
+    negative_curvature: Bool[Array, "*k"]
+
+
+Matvec = Callable[[PyTree], PyTree]
+Solver = Callable[[Matvec, PyTree], Solution]
+
+
+class Space(NamedTuple):
+    """Arithmetic on pytrees as vectors, or (`many`) as stacks of vectors along a leading axis.
+
+    Scalars have shape (), or (K,) for a stack of K.
+    """
+
+    many: bool
+
+    def dot(self, a: PyTree, b: PyTree) -> Array:
+        """<a, b>, one for each vector, accumulated in float32 or wider."""
+        if not self.many:
+            return tree.vdot(a, b)
+        dots = jax.tree.map(lambda x, y: _stable.contract("kn,kn->k", _rows(x), _rows(y)), a, b)
+        return sum(jax.tree.leaves(dots), start=jnp.zeros((), jnp.float32))
+
+    def peak(self, a: PyTree) -> Array:
+        """The largest magnitude, one for each vector."""
+        flat = _rows if self.many else jnp.ravel
+        leaves = [flat(leaf) for leaf in jax.tree.leaves(a)]
+        peaks = [jnp.max(jnp.abs(leaf), axis=-1, initial=0) for leaf in leaves]
+        wide = _stable.widened(*peaks) if peaks else jnp.float32
+        return (
+            jnp.max(jnp.stack([p.astype(wide) for p in peaks]), axis=0) if peaks else jnp.zeros(())
+        )
+
+    def norm(self, a: PyTree) -> Array:
+        """||a||_2, neither overflowing nor underflowing on the way."""
+        e = _stable.exponent(self.peak(a))
+        scaled = self.shift(a, -e)
+        return _stable.scale_by(jnp.sqrt(self.dot(scaled, scaled)), e)
+
+    def shift(self, a: PyTree, e: Array) -> PyTree:
+        """2^e a, in float32 or wider."""
+        return jax.tree.map(lambda x: _stable.scale_by(_widen(x), _along(e, x)), a)
+
+    def scale(self, s: Array, a: PyTree) -> PyTree:
+        """s a."""
+        return jax.tree.map(lambda x: _along(s, x).astype(x.dtype) * x, a)
+
+    def axpy(self, s: Array, x: PyTree, y: PyTree) -> PyTree:
+        """y + s x, in the dtype of y."""
+        return jax.tree.map(lambda a, b: b + (_along(s, a) * a).astype(b.dtype), x, y)
+
+    def select(self, mask: Bool[Array, "*k"], a: PyTree, b: PyTree) -> PyTree:
+        """`a` where `mask`, else `b`: vectors, or states all of whose leaves have the axis."""
+        return jax.tree.map(lambda x, y: jnp.where(_along(mask, x), x, y), a, b)
+
+
+class Problem(NamedTuple):
+    """`A x = rhs` around a first guess, scaled by a power of two so that squares stay in range.
+
+    residual: 2^-exponent (rhs - A x0), in float32 or wider.  target: the tolerance on its norm.
+    """
+
+    space: Space
+    matvec: Matvec
+    rhs: PyTree
+    x0: PyTree | None
+    residual: PyTree
+    exponent: Int[Array, "*k"]
+    target: Float[Array, "*k"]
+
+    def product(self, vector: PyTree) -> PyTree:
+        """A v, called with the dtypes of the right-hand side, returned in float32 or wider."""
+        return widened(self.matvec(like(vector, self.rhs)))
+
+    def rounded(self, vector: PyTree) -> PyTree:
+        """`vector` rounded to what `matvec` will see of it, in its own dtype."""
+        return jax.tree.map(_rounded, vector, self.rhs)
+
+    def solution(self, x: PyTree, num_iterations: Array, negative: Array) -> Solution:
+        """`x` solves the scaled problem: carry it back, and measure how well."""
+        x = self.space.shift(x, self.exponent)
+        x = x if self.x0 is None else jax.tree.map(jnp.add, widened(self.x0), x)
+        x = like(x, self.rhs)
+        return measured(self.space, self.matvec, self.rhs, x, num_iterations, negative)
+
+
+def problem(space: Space, matvec: Matvec, rhs: PyTree, x0: PyTree | None, tol: float) -> Problem:
+    """The scaled problem; one product if there is a guess."""
+    rhs = as_vector(rhs)
+    residual = rhs
+    if x0 is not None:
+        x0 = like(x0, rhs)
+        residual = jax.tree.map(lambda b, ax: _widen(b) - _widen(ax), rhs, matvec(x0))
+    exponent = _stable.exponent(space.peak(residual))
+    target = _stable.scale_by(tol * space.norm(rhs), -exponent)
+    scaled = space.shift(residual, -exponent)
+    return Problem(space, matvec, rhs, x0, scaled, exponent, target)
+
+
+def measured(space: Space, matvec, rhs, x, num_iterations, negative) -> Solution:
+    """The solution with ||matvec(x) - rhs||: one product."""
+    gap = jax.tree.map(lambda ax, b: _widen(ax) - _widen(b), matvec(x), rhs)
+    return Solution(x, space.norm(gap), num_iterations, negative)
+
+
+def iterate(
+    space: Space,
+    active: Callable[[Any], Array],
+    step: Callable[[Any], Any],
+    state: Any,
+    *,
+    loop: str,
+    max_iterations: int,
+    matvec: Matvec,
+    probe: PyTree,
+) -> Any:
+    """`step` while some system is `active`; in a stack, finished systems stand still."""
+
+    def proceed(state):
+        return jnp.any(active(state))
+
+    def masked(state):
+        return space.select(active(state), step(state), state)
+
+    body = masked if space.many else step
+    if loop == "unrolled":
+        for _ in range(max_iterations):
+            state = masked(state)
+        return state
+    if loop == "host" or (loop == "auto" and _host_is_faster(proceed, state, matvec, probe)):
+        try:
+            current = state
+            while proceed(current):
+                current = body(current)
+            return current
+        except jax.errors.ConcretizationTypeError as error:
+            if loop == "host":
+                raise ValueError(
+                    'Expected loop="host" outside jit, vmap and scan, which trace the whole loop. '
+                    'Call the solver directly, with a jitted matvec, or take loop="device".'
+                ) from error
+    return lax.while_loop(proceed, body, state)
+
+
+def check_options(*, tol: float, max_iterations: int, loop: str) -> None:
+    """Refuse a configuration that cannot be meant."""
+    if not tol >= 0:
+        raise ValueError(f"Expected tol={tol} >= 0.")
+    if max_iterations < 1:
+        raise ValueError(f"Expected max_iterations={max_iterations} >= 1.")
+    if loop not in LOOPS:
+        raise ValueError(f"Expected loop={loop!r} to be one of {', '.join(LOOPS)}.")
+
+
+def as_vector(rhs: PyTree) -> PyTree:
+    """Leaves as floating-point arrays; integers become float32."""
+
+    def convert(leaf):
+        leaf = jnp.asarray(leaf)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(f"Expected real right-hand sides, got {leaf.dtype}.")
+        return leaf if tree.is_inexact(leaf) else leaf.astype(jnp.float32)
+
+    return jax.tree.map(convert, rhs)
+
+
+def like(vector: PyTree, rhs: PyTree) -> PyTree:
+    """`vector` in the dtypes of `rhs`."""
+    return jax.tree.map(lambda v, b: jnp.asarray(v).astype(b.dtype), vector, rhs)
+
+
+def widened(vector: PyTree) -> PyTree:
+    """`vector` in float32 or wider."""
+    return jax.tree.map(_widen, vector)
+
+
+def zeros(space: Space, rhs: PyTree, dtype: Any) -> Array:
+    """A scalar zero for each system."""
+    shape = jnp.shape(jax.tree.leaves(rhs)[0])[:1] if space.many else ()
+    return jnp.zeros(shape, dtype)
+
+
+def check_stack(rhs: PyTree) -> int:
+    """How many right-hand sides a stack holds; its leaves must agree."""
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(rhs)}
+    if len(lengths) != 1 or () in lengths:
+        raise ValueError(
+            "Expected a stack of right-hand sides, whose leaves share one leading axis, got shapes "
+            f"{[jnp.shape(leaf) for leaf in jax.tree.leaves(rhs)]}."
+        )
+    return lengths.pop()[0]
+
+
+def _host_is_faster(proceed, state, matvec, probe) -> bool:
+    """Whether to loop outside XLA: convolutions on CPU, and no trace around us."""
+    if jax.default_backend() != "cpu":
+        return False
+    try:
+        bool(proceed(state))
+    except jax.errors.ConcretizationTypeError:
+        return False
+    return _convolves(jax.make_jaxpr(matvec)(probe).jaxpr)
+
+
+def _convolves(jaxpr: Any) -> bool:
+    """Whether a convolution stands in `jaxpr`, inner ones included."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            return True
+        for value in eqn.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(item, "jaxpr", item)
+                if hasattr(inner, "eqns") and _convolves(inner):
+                    return True
+    return False
+
+
+def _rows(x: Array) -> Array:
+    """(K, ...) as (K, n)."""
+    return x.reshape(x.shape[0], _stable.size_of(x.shape[1:]))
+
+
+def _along(s: Array, x: Array) -> Array:
+    """`s` of shape () or (K,) so that it broadcasts against `x` along its leading axis."""
+    return s.reshape(s.shape + (1,) * (x.ndim - s.ndim))
+
+
+def _widen(x: Array) -> Array:
+    """In float32 or wider."""
+    x = jnp.asarray(x)
+    return x.astype(_stable.widened(x))
+
+
+def _rounded(x: Array, rhs: Array) -> Array:
+    """`x` rounded to the dtype of `rhs`; a pair of casts would be optimised away."""
+    info, own = jnp.finfo(rhs.dtype), jnp.finfo(x.dtype)
+    if info.bits >= own.bits:
+        return x
+    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
