@@ -54,9 +54,9 @@ def minres(
     """MINRES (Paige and Saunders 1975): min ||A x - rhs|| over Krylov spaces, A symmetric.
 
     A may be indefinite or singular. Where the system has no solution, iteration ends when A r is
-    zero to rounding: x is then a least-squares solution, `num_iterations` is below
-    `max_iterations`, and `residual_norm`, above the tolerance, is the distance of the right-hand
-    side from the range.
+    zero, or when the rounding of a step would exceed its gain: x is then a least-squares solution
+    (up to what A maps to zero), `num_iterations` is below `max_iterations`, and `residual_norm`,
+    above the tolerance, is the distance of the right-hand side from the range.
 
     Args:
       tol: stop when ||A x - rhs|| <= tol * ||rhs|| by the recurrence, norms being those of M^-1
@@ -83,8 +83,8 @@ def minres(
 
     References: Paige and Saunders 1975, "Solution of sparse indefinite systems of linear
       equations", section 6; Liu and Roosta 2022, "MINRES: from negative curvature detection to
-      monotonicity properties", section 3 (the sign of r' A r from the rotations). Deviation: a last
-      step whose rotation is pure rounding is not taken.
+      monotonicity properties", section 3 (the sign of r' A r from the rotations). Deviation: the two
+      tests for a system without solution, of which the second is made without preconditioner.
     """
     check_options(tol=tol, max_iterations=max_iterations, loop=loop)
     space = Space(many)
@@ -106,7 +106,7 @@ def minres(
             v = system.rounded(space.scale(1.0 / beta, state.y))
             state, v, alfa = _lanczos(space, state, v, system.product(v))
             y = state.r2 if preconditioner is None else widened(preconditioner(state.r2))
-            return _rotate(space, state, v, alfa, y)
+            return _rotate(space, preconditioner is None, state, v, alfa, y)
 
         state = iterate(
             space, active, step, state, loop=loop, max_iterations=max_iterations,
@@ -143,9 +143,12 @@ def _lanczos(space: Space, state: _State, v: PyTree, product: PyTree):
     return _State(*state[:1], state.r2, y, *state[3:]), v, alfa
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _rotate(space: Space, state: _State, v: PyTree, alfa: Array, y: PyTree) -> _State:
-    """Apply the old rotation, form the new one, and move along its direction."""
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _rotate(space: Space, plain: bool, state: _State, v: PyTree, alfa: Array, y: PyTree) -> _State:
+    """Apply the old rotation, form the new one, and move along its direction.
+
+    plain: there is no preconditioner, so that norms can be compared.
+    """
     square = space.dot(state.r2, y)
     beta = jnp.sqrt(jnp.maximum(square, 0.0))
     delta = state.cs * state.dbar + state.sn * alfa
@@ -157,12 +160,15 @@ def _rotate(space: Space, state: _State, v: PyTree, alfa: Array, y: PyTree) -> _
     eps = jnp.finfo(beta.dtype).eps
     finite = jnp.isfinite(alfa) & jnp.isfinite(square) & (square >= -eps * tnorm2)
     exhausted = root <= 10 * eps * jnp.sqrt(tnorm2)
-    moves = finite & ~exhausted
-
     gamma = jnp.maximum(jnp.hypot(gbar, beta), jnp.finfo(beta.dtype).tiny)
     cs, sn = gbar / gamma, beta / gamma
     w = space.axpy(-state.epsln, state.w1, space.axpy(-delta, state.w2, v))
     w = space.scale(1.0 / gamma, w)
+    if plain:
+        # A step whose rounding, in A x, exceeds what it takes off the residual, and shows.
+        noise = eps * jnp.sqrt(tnorm2 * space.dot(w, w))
+        exhausted |= jnp.abs(cs) * noise > jnp.maximum(jnp.sqrt(eps), cs**2 / 2)
+    moves = finite & ~exhausted
     x = space.axpy(cs * state.phibar, w, state.x)
     return _State(
         x=space.select(moves, x, state.x),
