@@ -14,8 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxunlearn import errors
 from jaxunlearn.kernels import _stable
-from jaxunlearn.kernels._jaxpr import evaluate
-from jaxunlearn.kernels._rules import LeafPath, find_factor
+from jaxunlearn.kernels._rules import LeafPath, factored
 from jaxunlearn.kernels.factors import Factor
 from jaxunlearn.kernels.rowwise import finite_rows, local_params, num_rows_of
 from jaxunlearn.tree import is_inexact
@@ -221,16 +220,16 @@ def _evaluate(loss_fn: LossFn, params: Params, batch: Batch, keys) -> PerExample
     operands = (params, jax.tree.map(functools.partial(_masked_input, live), batch), keys)
     axes = (None, 0, None if keys is None else 0)
     closed = jax.make_jaxpr(jax.vmap(jax.value_and_grad(row_loss), in_axes=axes))(*operands)
-    loss, *gradients = evaluate(closed, jax.tree.leaves(operands))
 
     named, treedef = jax.tree_util.tree_flatten_with_path(params)
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in named]
-    found = [find_factor(node, name) for node, name in zip(gradients, names, strict=True)]
+    varies = [own for own, x in zip((False, True, True), operands) for _ in jax.tree.leaves(x)]
+    (loss,), found = factored(closed, jax.tree.leaves(operands), varies, 1, names)
     sizes = _stable.joint_norm([factor.size for factor, _ in found], num_rows)
     # The barrier keeps XLA from working this out again for every element that it masks.
-    is_finite = lax.optimization_barrier(live & jnp.isfinite(loss.value) & jnp.isfinite(sizes))
+    is_finite = lax.optimization_barrier(live & jnp.isfinite(loss) & jnp.isfinite(sizes))
     return PerExampleGradients(
-        losses=_stable.rows_where(is_finite, loss.value),
+        losses=_stable.rows_where(is_finite, loss),
         is_finite=is_finite,
         num_non_finite=jnp.sum(~is_finite, dtype=jnp.int32),
         factors=tuple(factor for factor, _ in found),

@@ -1,22 +1,7 @@
-"""Per-example gradients of one parameter, kept as the factors they are made of.
-
-Every class here is a registered pytree with the same nine members; a new kind of leaf is a new
-class with these and a rule in `_rules.py` that builds it.
-
-    size           (B,)  an upper bound on each norm, finite exactly where the row is usable
-    kept(mask)           the same, with zeros in the rows where `mask` is false
-    norms()        (B,), (B,)  each norm, and an upper bound on what it is in exact arithmetic
-    sum(weights)         sum_i w_i g_i, shaped like the parameter
-    dot(vector)    (B,)  <g_i, vector>
-    row(i)               g_i, shaped like the parameter
-    gram(other)    (B, C)  <g_i, h_j> with another batch's gradients of the same parameter; or own
-    materialize()  (B, *shape)
-    floats               numbers kept per example
-"""
+"""Sums of outer products: weights that multiply."""
 
 import dataclasses
 import functools
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,57 +10,17 @@ from jaxtyping import Array, Float
 
 from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._stable import contract, size_of, unit_roundoff, widened
-
-LOOSE = 2.0**17
-"""A Gram-trick norm whose bound exceeds this many roundings (0.8 percent in float32) is loose."""
-
-_CHUNK_FLOATS = 1 << 22
-
-Steps = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
-"""Moves from the product of two factors to the parameter's shape, example axis left out:
-("reshape", from, to) or ("transpose", permutation, ())."""
-
-
-class Factor(Protocol):
-    """What `PerExampleGradients` needs to know of one parameter's gradients."""
-
-    @property
-    def size(self) -> Array: ...
-    def kept(self, mask: Array) -> "Factor": ...
-    def norms(self) -> tuple[Array, Array]: ...
-    def sum(self, weights: Array | None) -> Array: ...
-    def dot(self, vector: Array) -> Array: ...
-    def row(self, i: Array) -> Array: ...
-    def gram(self, other: "Factor | None" = None) -> Array: ...
-    def materialize(self) -> Array: ...
-    @property
-    def floats(self) -> int: ...
-
-
-def gram_by_rows(mine: Factor, others: Factor) -> Float[Array, "b c"]:
-    """<g_i, h_j> for factors of unlike kinds: one g_i multiplied out at a time."""
-    num_rows = mine.size.shape[0]
-    return lax.map(lambda i: others.dot(mine.row(i)), jnp.arange(num_rows))
-
-
-def unpack(x: Array, steps: Steps) -> Array:
-    """Carry `x` of shape (K, ...) along `steps`."""
-    for kind, first, second in steps:
-        if kind == "reshape":
-            x = x.reshape(x.shape[0], *second)
-        else:
-            x = x.transpose(0, *(axis + 1 for axis in first))
-    return x
-
-
-def pack(x: Array, steps: Steps) -> Array:
-    """The inverse of `unpack`, for one array without the leading axis."""
-    for kind, first, _ in reversed(steps):
-        if kind == "reshape":
-            x = x.reshape(first)
-        else:
-            x = x.transpose(tuple(first.index(axis) for axis in range(len(first))))
-    return x
+from jaxunlearn.kernels.factors._protocol import (
+    CHUNK_FLOATS,
+    LOOSE,
+    Factor,
+    Steps,
+    gram_by_rows,
+    pack,
+    row_chunk,
+    unpack,
+    weighted,
+)
 
 
 @functools.partial(
@@ -94,6 +39,8 @@ class Outer:
     size: Float[Array, " b"]
     steps: Steps
 
+    token_axis = 2
+
     @classmethod
     def of(cls, left: Array, right: Array, steps: Steps) -> "Outer":
         """Computes `size` = sqrt(sum_s (sum_t |left| |right|)^2): the norm, for one token."""
@@ -102,8 +49,19 @@ class Outer:
         return cls(left, right, size, steps)
 
     @property
+    def num_tokens(self) -> int:
+        """How many products are added up."""
+        return self.left.shape[2]
+
+    @property
     def floats(self) -> int:
         return size_of(self.left.shape[1:]) + size_of(self.right.shape[1:])
+
+    def scaled(self, exponents: Array) -> "Outer":
+        """Times 2^e: (B,) exponents."""
+        left, right, top, _ = _balanced(self.left, self.right)
+        right = _stable.scale_by(right, (top + exponents)[:, None, None, None])
+        return Outer(left, right, _stable.scale_by(self.size, exponents), self.steps)
 
     def kept(self, mask: Array) -> "Outer":
         left, right, size = (
@@ -131,9 +89,9 @@ class Outer:
         left, right = self.left, self.right
         if weights is not None:
             if left.shape[-1] < right.shape[-1]:
-                left = _weighted(weights, left)
+                left = weighted(weights, left)
             else:
-                right = _weighted(weights, right)
+                right = weighted(weights, right)
         if left.shape[1] == 1:  # one plain matmul: XLA is slow with a batch axis of length one
             left, right = (x.reshape(size_of(x.shape[:3]), x.shape[-1]) for x in (left, right))
             return unpack(contract("km,kn->mn", left, right)[None], self.steps)[0]
@@ -160,116 +118,12 @@ class Outer:
         return unpack(contract("bstm,bstn->bsmn", self.left, self.right), self.steps)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["value", "size"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Dense:
-    """The gradients themselves, (B, *shape): biases and scales, and whatever has no rule."""
-
-    value: Float[Array, "b *shape"]
-    size: Float[Array, " b"]
-
-    @classmethod
-    def of(cls, value: Array) -> "Dense":
-        """Computes `size` = the norm of each row."""
-        return cls(value, _stable.norm(value.reshape(value.shape[0], size_of(value.shape[1:]))))
-
-    @property
-    def floats(self) -> int:
-        return size_of(self.value.shape[1:])
-
-    @property
-    def rows(self) -> Float[Array, "b n"]:
-        """The gradients flattened."""
-        return self.value.reshape(self.value.shape[0], self.floats)
-
-    def kept(self, mask: Array) -> "Dense":
-        return Dense(_stable.rows_where(mask, self.value), _stable.rows_where(mask, self.size))
-
-    def norms(self) -> tuple[Array, Array]:
-        relative = _stable.relative_bound(self.floats, self.size.dtype)
-        return self.size, self.size * (1 + relative)
-
-    def sum(self, weights: Array | None) -> Array:
-        rows, shape = self.rows, self.value.shape[1:]
-        if weights is None:
-            weights = jnp.ones(self.size.shape, self.size.dtype)
-        elif len(shape) <= 1:  # small, and the weighted rows are often a factor of another leaf
-            rows, weights = _weighted(weights, rows), jnp.ones_like(weights)
-        return contract("b,bk->k", weights, rows).reshape(shape)
-
-    def dot(self, vector: Array) -> Array:
-        return contract("bk,k->b", self.rows, vector.ravel())
-
-    def row(self, i: Array) -> Array:
-        return self.value[i]
-
-    def gram(self, other: Factor | None = None) -> Array:
-        other = self if other is None else other
-        if not isinstance(other, Dense):
-            return gram_by_rows(self, other)
-        return contract("bk,ck->bc", self.rows, other.rows)
-
-    def materialize(self) -> Array:
-        return self.value
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value", "rows", "size"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class Shared:
-    """One gradient that every example has: a parameter the row does not touch (often zero).
-
-    value: (*shape).  rows: (B,), one for the rows that count and zero for the others.
-    """
-
-    value: Float[Array, "*shape"]
-    rows: Float[Array, " b"]
-    size: Float[Array, " b"]
-
-    @classmethod
-    def of(cls, value: Array, num_examples: int) -> "Shared":
-        """Computes `size` = the norm of the one gradient, for each row."""
-        norm = _stable.norm(value.ravel())
-        return cls(value, jnp.ones((num_examples,), norm.dtype), jnp.full((num_examples,), norm))
-
-    @property
-    def floats(self) -> int:
-        return 1
-
-    def kept(self, mask: Array) -> "Shared":
-        usable = jnp.where(jnp.any(mask), self.value, jnp.zeros((), self.value.dtype))
-        return Shared(usable, *(_stable.rows_where(mask, x) for x in (self.rows, self.size)))
-
-    def norms(self) -> tuple[Array, Array]:
-        relative = _stable.relative_bound(self.value.size, self.size.dtype)
-        return self.size, self.size * (1 + relative)
-
-    def sum(self, weights: Array | None) -> Array:
-        total = jnp.sum(self.rows if weights is None else weights * self.rows)
-        return total * self.value.astype(self.size.dtype)
-
-    def dot(self, vector: Array) -> Array:
-        return self.rows * contract("k,k->", self.value.ravel(), vector.ravel())
-
-    def row(self, i: Array) -> Array:
-        return self.rows[i] * self.value.astype(self.size.dtype)
-
-    def gram(self, other: Factor | None = None) -> Array:
-        other = self if other is None else other
-        return self.rows[:, None] * other.dot(self.value)[None, :]
-
-    def materialize(self) -> Array:
-        rows = self.rows.reshape(-1, *[1] * self.value.ndim)
-        return rows * self.value.astype(self.size.dtype)
-
-
 def _gram_by_chunks(mine: Outer, others: Outer) -> Float[Array, "b c"]:
     """<g_i, h_j> from the products, a few of their rows at a time: never (B, m, n) at once."""
     m = mine.left.shape[-1]
     num_examples = mine.left.shape[0] + others.left.shape[0]
     per_row = num_examples * mine.left.shape[1] * mine.right.shape[-1]
-    chunk = max(1, min(m, _CHUNK_FLOATS // max(1, per_row)))
+    chunk = max(1, min(m, CHUNK_FLOATS // max(1, per_row)))
     num_chunks = -(-m // chunk)
 
     def chunked(left):
@@ -286,12 +140,6 @@ def _gram_by_chunks(mine: Outer, others: Outer) -> Float[Array, "b c"]:
     dtype = widened(mine.size, others.size)
     start = jnp.zeros((mine.left.shape[0], others.left.shape[0]), dtype)
     return lax.scan(add, start, (chunked(mine.left), chunked(others.left)))[0]
-
-
-def _weighted(weights: Array, x: Array) -> Array:
-    """w_i x_i, as a matrix: a bias and its weight then share the product."""
-    matrix = x.reshape(x.shape[0], size_of(x.shape[1:]))
-    return (weights.astype(widened(weights, x))[:, None] * matrix).reshape(x.shape)
 
 
 def gram_is_cheaper(num_tokens: int, m: int, n: int) -> bool:
@@ -365,7 +213,7 @@ def _direct_norms(left: Array, right: Array, top: Array, size: Array) -> tuple[A
         product = contract("stm,stn->smn", *pair).reshape(per_example)
         return jnp.sqrt(_stable.sum_squares(product))
 
-    chunk = max(1, min(num_examples, _CHUNK_FLOATS // max(1, per_example)))
+    chunk = row_chunk(num_examples, per_example)
     if chunk == num_examples:
         norms = jax.vmap(one)((left, right))
     else:

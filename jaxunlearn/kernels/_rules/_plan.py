@@ -1,0 +1,125 @@
+"""Which form each parameter's gradients take, and their factors."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jaxunlearn.kernels._jaxpr import Call, Node, argument, evaluate, trace
+from jaxunlearn.kernels._rules import _convolution, _loops, _moves, _products, _tables
+from jaxunlearn.kernels._rules._trail import VECTORS, Form, Trail, walk
+from jaxunlearn.kernels._stable import size_of
+from jaxunlearn.kernels.factors import (
+    Conv,
+    Dense,
+    Factor,
+    Lookup,
+    Outer,
+    Placed,
+    Shared,
+    Sum,
+    gram_is_cheaper,
+)
+
+__all__ = ["LeafPath", "factored"]
+
+_RULE_MODULES = (_convolution, _loops, _moves, _products, _tables)  # importing enters their rules
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPath:
+    """Which path one parameter's gradients take, and why; a row of `explain()`."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    path: str
+    floats: int
+    reason: str
+
+
+def factored(
+    closed, args: Sequence[Any], varies: Sequence[bool], num_plain: int, names: Sequence[str]
+) -> tuple[list[Any], list[tuple[Factor, LeafPath]]]:
+    """Evaluate a jaxpr whose last outputs are gradients, (B, *shape), and those as factors.
+
+    Args:
+      args: what it is evaluated at.  varies: whether each differs from one example to the next.
+      num_plain: how many outputs come before the gradients.  names: one for every gradient.
+
+    Returns:
+      The first outputs, and for each gradient its factor, and the row that says which it is.
+    """
+    inputs = [argument(arg, varied) for arg, varied in zip(args, varies, strict=True)]
+    effects: list[Call] = []
+    outputs = trace(closed, inputs, effects)
+    plain, gradients = outputs[:num_plain], outputs[num_plain:]
+    plans = [_plan(node) for node in gradients]
+    wanted = [*plain, *(node for form, _, _ in plans for node in form.leaves)]
+    values = evaluate(wanted, dict(zip(inputs, args)), effects)
+    found = []
+    for name, node, (form, path, reason) in zip(names, gradients, plans, strict=True):
+        factor = form.build(values)
+        if path == "product":
+            factor = Dense.of(factor.materialize())
+        shape = tuple(node.shape[1:])
+        found.append((factor, LeafPath(name, shape, path, factor.floats, reason)))
+    return [values[node] for node in plain], found
+
+
+def _plan(node: Node) -> tuple[Form, str, str]:
+    """The form of one gradient, the path it takes, and why."""
+    shape = node.shape[1:]
+    found = walk(node, Trail())
+    if isinstance(found, str):
+        dense = Form(Dense, (node,))
+        if len(shape) <= 1:
+            return dense, "vector", "no smaller factor"
+        if found == VECTORS:
+            return dense, "vector", VECTORS
+        return dense, "materialised", f"no rule for {found}"
+    if found.kind is Shared:
+        return found, "shared", "the same for every row"
+    if found.kind is Placed:
+        return found, "vector", "zero outside the part that is used"
+    if found.kind is Sum and all(part.kind is Placed for part in found.parts):
+        return found, "vector", f"{len(found.parts)} parts, no smaller factors"
+    keeps, kind = _CHOICES[found.kind](found, size_of(shape))
+    return found, "factored" if keeps else "product", kind
+
+
+def _keep_outer(form: Form, num_weights: int) -> tuple[bool, str]:
+    """An outer product is multiplied out where that is no larger."""
+    (_, _, num_tokens, m), n = form.nodes[0].shape, form.nodes[1].shape[-1]
+    if num_tokens == 1:
+        return True, "one token: |left| |right|"
+    if gram_is_cheaper(num_tokens, m, n):
+        return True, f"{num_tokens} tokens: {num_tokens} x {num_tokens} Grams"
+    return False, f"{num_tokens} tokens, only {m} x {n} weights"
+
+
+def _keep_conv(form: Form, num_weights: int) -> tuple[bool, str]:
+    """A convolution likewise; what it multiplies out serves the sum as well as the norms."""
+    left, right = form.nodes
+    taps = form.static[0].taps
+    m, n = size_of(taps) * left.shape[-1], right.shape[-1]
+    positions = size_of(right.shape[1:-2])
+    kind = f"convolution: {' x '.join(map(str, taps))} taps, {positions} positions"
+    if positions * (m + n) < m * n:
+        return True, f"{kind}: {positions} x {positions} Grams"
+    if num_weights > form.floats:
+        return True, f"{kind}: products over the taps"
+    return False, f"{kind}, only {num_weights} weights"
+
+
+def _keep_lookup(form: Form, num_weights: int) -> tuple[bool, str]:
+    """Rows of a table are kept where they are fewer than the table's."""
+    num_tokens = form.nodes[1].shape[1]
+    return form.floats < num_weights, f"lookup: {num_tokens} rows of {form.static[0]}"
+
+
+def _keep_sum(form: Form, num_weights: int) -> tuple[bool, str]:
+    """A sum of several uses is added up where that is no larger."""
+    kinds = " + ".join(part.kind.__name__.lower() for part in form.parts)
+    return form.floats < num_weights, f"{len(form.parts)} uses: {kinds}"
+
+
+_CHOICES = {Outer: _keep_outer, Conv: _keep_conv, Lookup: _keep_lookup, Sum: _keep_sum}

@@ -1,0 +1,41 @@
+"""Per-example gradients of one parameter, kept as the factors they are made of.
+
+Every class here is a registered pytree with the same nine members; a new kind of leaf is a new
+class with these and a rule in `_rules` that builds it.
+
+    size           (B,)  an upper bound on each norm, finite exactly where the row is usable
+    kept(mask)           the same, with zeros in the rows where `mask` is false
+    norms()        (B,), (B,)  each norm, and an upper bound on what it is in exact arithmetic
+    sum(weights)         sum_i w_i g_i, shaped like the parameter
+    dot(vector)    (B,)  <g_i, vector>
+    row(i)               g_i, shaped like the parameter
+    gram(other)    (B, C)  <g_i, h_j> with another batch's gradients of the same parameter; or own
+    materialize()  (B, *shape)
+    floats               numbers kept per example
+"""
+
+from jaxunlearn.kernels.factors._conv import Conv, Geometry
+from jaxunlearn.kernels.factors._dense import Dense, Placed, Shared
+from jaxunlearn.kernels.factors._lookup import Lookup
+from jaxunlearn.kernels.factors._outer import Outer, gram_is_cheaper, gram_is_tight
+from jaxunlearn.kernels.factors._protocol import LOOSE, Factor, Steps, gram_by_rows, pack, unpack
+from jaxunlearn.kernels.factors._sum import Sum
+
+__all__ = [
+    "LOOSE",
+    "Conv",
+    "Dense",
+    "Factor",
+    "Geometry",
+    "Lookup",
+    "Outer",
+    "Placed",
+    "Shared",
+    "Steps",
+    "Sum",
+    "gram_by_rows",
+    "gram_is_cheaper",
+    "gram_is_tight",
+    "pack",
+    "unpack",
+]

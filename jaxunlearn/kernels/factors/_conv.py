@@ -1,0 +1,319 @@
+"""Weights that convolve: one product for every tap of the kernel."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels._stable import contract, size_of, unit_roundoff, widened
+from jaxunlearn.kernels.factors._protocol import (
+    LOOSE,
+    Factor,
+    Steps,
+    gram_by_rows,
+    pack,
+    unpack,
+    weighted,
+)
+
+_ELEMENTWISE = 12
+"""A product of at most this many numbers per group is no job for a matmul."""
+
+_MAX_WIDTH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Where a tap k meets position p of the output: at input k tap_stride + p stride - before.
+
+    taps, stride, tap_stride, before: one entry per spatial dimension.  dilation: of the input,
+    whose entries are then that far apart with zeros between.
+    """
+
+    taps: tuple[int, ...]
+    stride: tuple[int, ...]
+    tap_stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    before: tuple[int, ...]
+
+    def padding(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> list[tuple[int, int]]:
+        """(before, after) that make the windows fit exactly; negative where they crop."""
+        sizes = ((n - 1) * d + 1 for n, d in zip(inputs, self.dilation))
+        spans = (
+            (p - 1) * s + (k - 1) * t + 1
+            for p, s, k, t in zip(outputs, self.stride, self.taps, self.tap_stride)
+        )
+        return [(b, span - n - b) for b, span, n in zip(self.before, spans, sizes)]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["left", "right", "size"],
+    meta_fields=["geometry", "steps"],
+)
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """g_i[k, g] = sum_{n, p} left_i[n, k t + p s - b, g] right_i[n, p, g]^T, moved along `steps`.
+
+    left: (B, N, *inputs, G, m).  right: (B, N, *outputs, G, n).  N counts images that one example
+    has (usually 1), G the groups.  The product is (*taps, G, m, n).
+    """
+
+    left: Float[Array, "b i *inputs g m"]
+    right: Float[Array, "b i *outputs g n"]
+    size: Float[Array, " b"]
+    geometry: Geometry
+    steps: Steps
+
+    token_axis = 1
+
+    @classmethod
+    def of(cls, left: Array, right: Array, geometry: Geometry, steps: Steps) -> "Conv":
+        """Computes `size` = |left| |right| sqrt(number of taps), by Cauchy and Schwarz."""
+        parts = [_stable.norm_parts(x.reshape(x.shape[0], -1)) for x in (left, right)]
+        (first, e), (second, f) = parts
+        product = first * second * size_of(geometry.taps) ** 0.5
+        return cls(left, right, _stable.scale_by(product, e + f), geometry, steps)
+
+    @property
+    def floats(self) -> int:
+        return size_of(self.left.shape[1:]) + size_of(self.right.shape[1:])
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are summed over, those of all images of an example."""
+        return size_of(self.right.shape[1:-2])
+
+    @property
+    def product_floats(self) -> int:
+        """Numbers in the product."""
+        return size_of(self.geometry.taps) * size_of(self.left.shape[-2:]) * self.right.shape[-1]
+
+    @property
+    def gram_is_cheaper(self) -> bool:
+        """Whether Grams of the positions beat the product, in flops; it serves the norms alone."""
+        m, n = size_of(self.geometry.taps) * self.left.shape[-1], self.right.shape[-1]
+        return self.num_tokens * (m + n) < m * n
+
+    def scaled(self, exponents: Array) -> "Conv":
+        """Times 2^e: (B,) exponents."""
+        left, right, top = _balanced(self.left, self.right)
+        right = _scaled(right, top + exponents)
+        size = _stable.scale_by(self.size, exponents)
+        return dataclasses.replace(self, left=left, right=right, size=size)
+
+    def kept(self, mask: Array) -> "Conv":
+        left, right, size = (
+            _stable.rows_where(mask, x) for x in (self.left, self.right, self.size)
+        )
+        return dataclasses.replace(self, left=left, right=right, size=size)
+
+    def norms(self) -> tuple[Array, Array]:
+        left, right, top = _balanced(self.left, self.right)
+        # As large as `size`, with the exponent taken out.
+        scale = size_of(self.geometry.taps) ** 0.5
+        unit = dataclasses.replace(
+            self, left=left, right=right, size=jnp.full(top.shape, scale, left.dtype)
+        )
+        norms, upper = unit._unit_norms()
+        return _stable.scale_by(norms, top), _stable.scale_by(upper, top)
+
+    def _unit_norms(self) -> tuple[Array, Array]:
+        """Norms of factors whose norms do not exceed one."""
+        if not self.gram_is_cheaper:
+            return self._direct_norms()
+        norms, upper = self._gram_norms()
+        roundoff = unit_roundoff(self.size.dtype)
+        return lax.cond(
+            jnp.any(upper - norms > LOOSE * roundoff * upper),
+            self._direct_norms,
+            lambda: (norms, upper),
+        )
+
+    def _direct_norms(self) -> tuple[Array, Array]:
+        """Norms from the product, a row of taps at a time."""
+        roundoff = unit_roundoff(self.size.dtype)
+        squares = [
+            _stable.sum_squares(part.reshape(part.shape[0], -1)) for part in self._products()
+        ]
+        total = functools.reduce(jnp.add, squares)
+        # The parts' own sums are shorter than one of all numbers; so is the one of the parts.
+        depth = _stable.relative_bound(self.product_floats, self.size.dtype)
+        depth = 1 + depth + len(squares) * roundoff
+        upper = jnp.sqrt(total) * depth
+        return jnp.sqrt(total), upper + 2 * (self.num_tokens + _stable.SLACK) * roundoff * self.size
+
+    def _gram_norms(self) -> tuple[Array, Array]:
+        """sum_pq (patch_p . patch_q)(right_p . right_q), and an upper bound on the norm."""
+        right = self._flat_right
+        lefts = functools.reduce(
+            jnp.add, (contract("bpgm,bqgm->bgpq", x, x) for x in self._slices(1))
+        )
+        rights = contract("bpgn,bqgn->bgpq", right, right)
+        partial = lax.optimization_barrier(jnp.sum(lefts * rights, axis=-1))
+        square = jnp.maximum(jnp.sum(partial, axis=(1, 2)), 0)
+        taps, roundoff = size_of(self.geometry.taps), unit_roundoff(square.dtype)
+        roundings = taps + self.left.shape[-1] + right.shape[-1] + 2 * self.num_tokens
+        roundings += self.left.shape[-2] + _stable.SLACK
+        # sum_p |patch_p| |right_p| <= |patches| |right| <= sqrt(taps), which is `size`.
+        upper = jnp.sqrt(square + roundings * roundoff * 1.01 * self.size**2)
+        upper = upper + (self.num_tokens + _stable.SLACK) * roundoff * self.size
+        return jnp.sqrt(square), upper
+
+    @property
+    def _flat_right(self) -> Array:
+        """(B, P, G, n), with the images' positions one after the other."""
+        shape = self.right.shape
+        return self.right.reshape(shape[0], self.num_tokens, *shape[-2:])
+
+    def _slices(self, width: int) -> Iterator[Array]:
+        """What the taps meet, (B, P, G, width m): `width` taps of the last dimension at a time."""
+        geometry, outputs = self.geometry, self.right.shape[2:-2]
+        padding = geometry.padding(self.left.shape[2:-2], outputs)
+        config = [(0, 0, 0)] * 2
+        config += [(lo, hi, d - 1) for (lo, hi), d in zip(padding, geometry.dilation)]
+        padded = lax.pad(self.left, jnp.zeros((), self.left.dtype), config + [(0, 0, 0)] * 2)
+
+        def at(x, tap, dims):
+            starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
+            for dim, k in zip(dims, tap):
+                start, stride = k * geometry.tap_stride[dim], geometry.stride[dim]
+                starts[dim + 2], strides[dim + 2] = start, stride
+                limits[dim + 2] = start + (outputs[dim] - 1) * stride + 1
+            return lax.slice(x, starts, limits, strides)
+
+        *outer, last = range(len(outputs))
+        for first in range(0, geometry.taps[-1], width):
+            near = range(first, min(first + width, geometry.taps[-1]))
+            columns = [at(padded, (k,), (last,)) for k in near]
+            columns = columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
+            for tap in itertools.product(*(range(geometry.taps[dim]) for dim in outer)):
+                part = at(columns, tap, outer)
+                yield part.reshape(part.shape[0], self.num_tokens, *part.shape[-2:])
+
+    @property
+    def _width(self) -> int:
+        """How many taps of the last dimension share a matmul: it repeats the input as often."""
+        last = self.geometry.taps[-1]
+        return max(width for width in range(1, min(last, _MAX_WIDTH) + 1) if last % width == 0)
+
+    def _products(self) -> list[Array]:
+        """The product in parts of `_width` taps each, (B, G, width m, n), in `_slices`' order."""
+        right = self._flat_right
+        return [_product(part, right) for part in self._slices(self._width)]
+
+    def _unpacked(self, parts: list[Array]) -> Array:
+        """(B, *shape) from what `_products` makes of B examples."""
+        *outer, last = self.geometry.taps
+        (num_groups, m), n, width = self.left.shape[-2:], self.right.shape[-1], self._width
+        split = (last // width, *outer, num_groups, width, m, n)
+        product = jnp.stack(parts, axis=1).reshape(-1, *split)
+        product = jnp.moveaxis(product, (1, -3), (len(outer) + 1, len(outer) + 2))
+        return unpack(product.reshape(-1, *outer, last, num_groups, m, n), self.steps)
+
+    def sum(self, weights: Array | None) -> Array:
+        """By the weight gradient of the convolution, as backpropagation does."""
+        dtype = self.size.dtype
+        left, right = self.left.astype(dtype), self.right.astype(dtype)
+        if weights is not None:
+            # The smaller of the two; it is the larger that is as good as free to read.
+            smaller = left.size < right.size
+            left = weighted(weights, left) if smaller else left
+            right = right if smaller else weighted(weights, right)
+        geometry, num_spatial = self.geometry, len(self.geometry.taps)
+        (num_groups, m), n = left.shape[-2:], right.shape[-1]
+        spatial = "".join("DHW"[-num_spatial:])
+        images, outputs = (
+            x.reshape(-1, *x.shape[2:-2], num_groups * x.shape[-1]) for x in (left, right)
+        )
+
+        def convolve(kernel):
+            return lax.conv_general_dilated(
+                images,
+                kernel,
+                geometry.stride,
+                geometry.padding(left.shape[2:-2], right.shape[2:-2]),
+                lhs_dilation=geometry.dilation,
+                rhs_dilation=geometry.tap_stride,
+                dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+                feature_group_count=num_groups,
+                precision=lax.Precision.HIGHEST,
+                preferred_element_type=dtype,
+            )
+
+        kernel = jax.ShapeDtypeStruct((*geometry.taps, m, num_groups * n), dtype)
+        total = jax.linear_transpose(convolve, kernel)(outputs)[0]
+        product = jnp.moveaxis(total.reshape(*geometry.taps, m, num_groups, n), -2, -3)
+        return unpack(product[None], self.steps)[0]
+
+    def dot(self, vector: Array) -> Array:
+        (num_groups, m), n = self.left.shape[-2:], self.right.shape[-1]
+        *outer, last = self.geometry.taps
+        width, right = self._width, self._flat_right
+        split = (size_of(tuple(outer)), last // width, width, num_groups, m, n)
+        kernel = pack(vector, self.steps).reshape(split).transpose(1, 0, 3, 2, 4, 5)
+        kernel = kernel.reshape(-1, num_groups, width * m, n)
+        parts = [
+            contract("bpgn,bpgn->b", _times(part, tap), right)
+            for part, tap in zip(self._slices(width), kernel)
+        ]
+        return functools.reduce(jnp.add, parts)
+
+    def row(self, i: Array) -> Array:
+        one = lambda x: lax.dynamic_slice_in_dim(x, i, 1)
+        alone = dataclasses.replace(
+            self, left=one(self.left), right=one(self.right), size=one(self.size)
+        )
+        return alone.materialize()[0]
+
+    def gram(self, other: Factor | None = None) -> Array:
+        other = self if other is None else other
+        like = isinstance(other, Conv) and other.steps == self.steps
+        if not like or other.geometry.taps != self.geometry.taps:
+            return gram_by_rows(self, other)
+        parts = zip(self._products(), other._products())
+        flat = ((x.reshape(x.shape[0], -1) for x in pair) for pair in parts)
+        return functools.reduce(jnp.add, (contract("bk,ck->bc", *pair) for pair in flat))
+
+    def materialize(self) -> Array:
+        return self._unpacked(self._products())
+
+
+def _product(left: Array, right: Array) -> Array:
+    """sum_p left_p right_p^T for every example and group."""
+    dtype = widened(left, right)
+    if left.shape[-1] * right.shape[-1] <= _ELEMENTWISE and left.shape[-2] > 1:
+        left, right = left.astype(dtype), right.astype(dtype)
+        return jnp.sum(left[..., :, None] * right[..., None, :], axis=1)
+    if left.shape[-2] == 1:
+        return contract("bpm,bpn->bmn", left[..., 0, :], right[..., 0, :])[:, None]
+    return contract("bpgm,bpgn->bgmn", left, right)
+
+
+def _times(left: Array, kernel: Array) -> Array:
+    """left_p kernel for every group."""
+    if left.shape[-2] == 1:
+        return contract("bpm,mn->bpn", left[..., 0, :], kernel[0])[..., None, :]
+    if left.shape[-1] * kernel.shape[-1] <= _ELEMENTWISE:
+        dtype = widened(left, kernel)
+        return jnp.sum(left.astype(dtype)[..., :, None] * kernel.astype(dtype), axis=-2)
+    return contract("bpgm,gmn->bpgn", left, kernel)
+
+
+def _scaled(x: Array, exponents: Array) -> Array:
+    """x_i 2^e_i."""
+    return _stable.scale_by(x, exponents.reshape(-1, *[1] * (x.ndim - 1)))
+
+
+def _balanced(left: Array, right: Array) -> tuple[Array, Array, Array]:
+    """Both factors scaled by powers of two so that neither norm exceeds one; and the exponent."""
+    dtype = widened(left, right)
+    left, right = left.astype(dtype), right.astype(dtype)
+    (_, e), (_, f) = (_stable.norm_parts(x.reshape(x.shape[0], -1)) for x in (left, right))
+    return _scaled(left, -e), _scaled(right, -f), e + f

@@ -1,0 +1,75 @@
+"""What every factor has, and the moves from a product to the shape of its parameter."""
+
+from typing import Protocol
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxunlearn.kernels._stable import size_of, widened
+
+LOOSE = 2.0**17
+"""A Gram-trick norm whose bound exceeds this many roundings (0.8 percent in float32) is loose."""
+
+CHUNK_FLOATS = 1 << 22
+
+Steps = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+"""Moves from the product of two factors to the parameter's shape, example axis left out:
+("reshape", from, to), ("transpose", permutation, ()), or ("pad", before, after) with zeros."""
+
+
+class Factor(Protocol):
+    """What `PerExampleGradients` needs to know of one parameter's gradients."""
+
+    @property
+    def size(self) -> Array: ...
+    def kept(self, mask: Array) -> "Factor": ...
+    def norms(self) -> tuple[Array, Array]: ...
+    def sum(self, weights: Array | None) -> Array: ...
+    def dot(self, vector: Array) -> Array: ...
+    def row(self, i: Array) -> Array: ...
+    def gram(self, other: "Factor | None" = None) -> Array: ...
+    def materialize(self) -> Array: ...
+    @property
+    def floats(self) -> int: ...
+
+
+def gram_by_rows(mine: Factor, others: Factor) -> Float[Array, "b c"]:
+    """<g_i, h_j> for factors of unlike kinds: one g_i multiplied out at a time."""
+    num_rows = mine.size.shape[0]
+    return lax.map(lambda i: others.dot(mine.row(i)), jnp.arange(num_rows))
+
+
+def unpack(x: Array, steps: Steps) -> Array:
+    """Carry `x` of shape (K, ...) along `steps`."""
+    for kind, first, second in steps:
+        if kind == "reshape":
+            x = x.reshape(x.shape[0], *second)
+        elif kind == "transpose":
+            x = x.transpose(0, *(axis + 1 for axis in first))
+        else:
+            x = jnp.pad(x, [(0, 0), *zip(first, second)])
+    return x
+
+
+def pack(x: Array, steps: Steps) -> Array:
+    """The inverse of `unpack`, for one array without the leading axis."""
+    for kind, first, second in reversed(steps):
+        if kind == "reshape":
+            x = x.reshape(first)
+        elif kind == "transpose":
+            x = x.transpose(tuple(first.index(axis) for axis in range(len(first))))
+        else:
+            x = x[tuple(slice(lo, n - hi) for lo, hi, n in zip(first, second, x.shape))]
+    return x
+
+
+def weighted(weights: Array, x: Array) -> Array:
+    """w_i x_i, as a matrix: a bias and its weight then share the product."""
+    matrix = x.reshape(x.shape[0], size_of(x.shape[1:]))
+    return (weights.astype(widened(weights, x))[:, None] * matrix).reshape(x.shape)
+
+
+def row_chunk(num_examples: int, per_example: int) -> int:
+    """How many examples of `per_example` numbers to have in memory at a time."""
+    return max(1, min(num_examples, CHUNK_FLOATS // max(1, per_example)))
