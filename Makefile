@@ -12,7 +12,8 @@
 #   make demo PYTHON=python3.12
 #
 # The environment variable JAXUNLEARN_DATA names the folder with the data sets. Tests that need it
-# are skipped where it is unset.
+# are skipped where it is unset. benchmarks/kernels.py compares with the peers that it finds:
+# `.venv/bin/pip install -e '.[peers]'` installs all of them.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,4 +1,4 @@
-"""The command line: `jaxunlearn demo` and `jaxunlearn doctor`."""
+"""The command line: `jaxunlearn demo`, `jaxunlearn bench` and `jaxunlearn doctor`."""
 
 import argparse
 import sys
@@ -33,6 +33,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo-report", help="folder for the report")
     demo.add_argument("--quiet", action="store_true", help="no progress, no table")
     demo.set_defaults(run=_demo)
+    bench = commands.add_parser("bench", help="what the kernels cost on your model and device")
+    bench.add_argument("what", choices=["kernels"], help="what to measure")
+    bench.add_argument(
+        "--loss",
+        metavar="MODULE:FUNCTION",
+        help="a function without arguments that returns (loss_fn, params, batch)",
+    )
+    bench.add_argument("--clip", type=float, default=1.0, help="the clip norm (default: 1)")
+    bench.add_argument("--tangents", type=int, default=64, help="Hessian products (default: 64)")
+    bench.add_argument("--repeats", type=int, default=30, help="at least 30 (default: 30)")
+    bench.add_argument("--out", metavar="FILE", help="write the figures to this JSON file too")
+    bench.set_defaults(run=_bench)
     doctor = commands.add_parser("doctor", help="versions, devices, precision, flags, extras")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -47,6 +59,18 @@ def _demo(options: argparse.Namespace) -> int:
         seed=options.seed,
         out=options.out,
         quiet=options.quiet,
+    )
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from jaxunlearn.cli import bench
+
+    return bench.run(
+        loss=options.loss,
+        clip=options.clip,
+        tangents=options.tangents,
+        repeats=options.repeats,
+        out=options.out,
     )
 
 

@@ -1,0 +1,1 @@
+"""The benchmark of the kernels: models, peers, what is measured, bars, report and figure."""
