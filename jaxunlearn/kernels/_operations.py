@@ -1,0 +1,200 @@
+"""What `PerExampleGradients` computes, jitted; the class checks the arguments and documents."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels.factors import without_rows
+from jaxunlearn.types import Params
+
+if TYPE_CHECKING:
+    from jaxunlearn.kernels.example_gradients import PerExampleGradients
+
+Groups = tuple[int, ...]
+"""For each leaf, the number of the layer it belongs to."""
+
+
+def margin(dtype) -> float:
+    """What a clip norm is lowered by: a division and two products round by less than 4 u."""
+    return 1 - 8 * _stable.unit_roundoff(dtype)
+
+
+def lowered(value, dtype) -> Any:
+    """A Python number in `dtype`, rounded towards zero; an array as it is."""
+    if not isinstance(value, int | float | np.number):
+        return value
+    rounded = np.asarray(value, dtype)
+    return np.nextafter(rounded, np.zeros_like(rounded)) if rounded > value else rounded
+
+
+def one_group(grads: "PerExampleGradients") -> Groups:
+    """All leaves together."""
+    return (0,) * len(grads.factors)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def norms_and_uppers(grads: "PerExampleGradients", groups: Groups) -> tuple[tuple, tuple]:
+    """For each layer the norms, and upper bounds on them in exact arithmetic; (B,) each."""
+    num_rows = grads.losses.shape[0]
+    found = [factor.norms() for factor in grads.factors]
+    norms, uppers = [], []
+    for group in range(max(groups, default=0) + 1):
+        members = [pair for pair, own in zip(found, groups) if own == group]
+        norm, upper = (
+            _stable.joint_norm([pair[k] for pair in members], num_rows) for k in range(2)
+        )
+        roundoff = _stable.unit_roundoff(norm.dtype)
+        upper = upper * (1 + (len(members) + 2 * _stable.SLACK) * roundoff)
+        norms.append(_stable.rows_where(grads.contributes, norm))
+        uppers.append(_stable.rows_where(grads.contributes, upper))
+    return tuple(norms), tuple(uppers)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def weighted_sum(grads: "PerExampleGradients", weights: tuple | None, groups: Groups, dtype):
+    """sum_i w_i g_i, leaf by leaf, with the weights of the layer the leaf belongs to.
+
+    The usual case needs no mask: a row that does not count has the weight zero, and zero times a
+    finite factor is zero.
+    """
+    if weights is None and grads.is_padding is None:
+        every = grads.num_non_finite == 0
+    else:
+        ones = jnp.ones(grads.losses.shape, _stable.widened(grads.losses))
+        weights = (ones,) if weights is None else weights
+        weights = tuple(jnp.where(grads.contributes, w, 0) for w in weights)
+        every = grads.is_clean
+    usual = _leaf_sums(grads.factors, weights, groups)
+
+    leaf_sums = functools.partial(_leaf_sums, groups=groups)
+    leaves = without_rows(usual, every, grads.contributes, grads.factors, weights, leaf_sums)
+    dtypes = [dtype or own for own in grads.dtypes]
+    return jax.tree.unflatten(grads.treedef, [x.astype(d) for x, d in zip(leaves, dtypes)])
+
+
+def _leaf_sums(factors, weights, groups: Groups) -> list[Array]:
+    """The sums of all leaves, before they are cast."""
+    if weights is None:
+        return [factor.sum(None) for factor in factors]
+    return [factor.sum(weights[group]) for factor, group in zip(factors, groups)]
+
+
+def clip_scales(upper: Array, clip, *, rescale: bool = False, divisor: float = 1.0) -> Array:
+    """min(1, C / upper), over C where `rescale`, over `divisor`; (B,).
+
+    Times a number that is at most `upper`, never more than C, or 1, over the divisor.
+    """
+    if rescale:
+        larger = jnp.maximum(upper, clip)
+        scales = 1 / jnp.where(larger > 0, larger, jnp.inf)
+    else:
+        fits = upper <= clip
+        scales = jnp.where(fits, 1, clip * margin(upper.dtype) / jnp.where(fits, 1, upper))
+    if rescale or divisor != 1:
+        scales = scales * (margin(upper.dtype) / divisor)
+    return jnp.minimum(scales, jnp.finfo(upper.dtype).max).astype(upper.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3, 4))
+def scaled_sum(grads: "PerExampleGradients", groups: Groups, operands, scales: Callable, dtype):
+    """sum_i s_i g_i, where `scales(upper, *operands)` gives each layer's s from its bounds."""
+    _, uppers = norms_and_uppers(grads, groups)
+    weights = tuple(
+        lax.optimization_barrier(scales(upper, *own)) for upper, own in zip(uppers, operands)
+    )
+    return weighted_sum(grads, weights, groups, dtype)
+
+
+def automatic_scales(upper: Array, clip, gamma) -> Array:
+    """C / (upper + gamma), a little less; zero where both are."""
+    total = upper + gamma
+    scales = margin(upper.dtype) * clip / jnp.where(total > 0, total, jnp.inf)
+    return jnp.minimum(scales, jnp.finfo(upper.dtype).max).astype(upper.dtype)
+
+
+@jax.jit
+def dots(grads: "PerExampleGradients", leaves: list[Array]) -> Float[Array, " b"]:
+    """<g_i, vector>, leaf by leaf."""
+    start = jnp.zeros(grads.losses.shape, _stable.widened(grads.losses))
+    each = [factor.dot(jnp.asarray(leaf)) for factor, leaf in zip(grads.factors, leaves)]
+    return _stable.rows_where(grads.contributes, sum(each, start=start))
+
+
+@jax.jit
+def gram(grads: "PerExampleGradients", other) -> Float[Array, "b c"]:
+    """<g_i, h_j>, leaf by leaf; a row that does not count meets no other row on the way."""
+    second = grads if other is None else other
+    dtype = _stable.widened(grads.losses, second.losses)
+    total = jnp.zeros((*grads.losses.shape, *second.losses.shape), dtype)
+    for k, factor in enumerate(grads.factors):
+        total += factor.gram() if other is None else factor.gram(other.factors[k])
+    return jnp.where(grads.contributes[:, None] & second.contributes[None, :], total, 0)
+
+
+@jax.jit
+def materialize(grads: "PerExampleGradients") -> PyTree:
+    """(B, *shape), leaf by leaf, in the parameters' dtypes."""
+    leaves = [
+        _stable.rows_where(grads.contributes, factor.materialize()).astype(dtype)
+        for factor, dtype in zip(grads.factors, grads.dtypes)
+    ]
+    return jax.tree.unflatten(grads.treedef, leaves)
+
+
+def layers_of(grads: "PerExampleGradients", layer_of) -> tuple[Groups, list[str]]:
+    """Each leaf's layer, by number, and the layers' names in the order they appear."""
+    names = _parents(grads.treedef) if layer_of is None else None
+    names = names or [layer_of(path.leaf) for path in grads.paths]
+    layers = list(dict.fromkeys(names))
+    return tuple(layers.index(name) for name in names), layers
+
+
+def _parents(treedef) -> list[str]:
+    """The names of the leaves without their last key: one for a layer's weight and its bias."""
+    numbered = jax.tree.unflatten(treedef, list(range(treedef.num_leaves)))
+    paths = [list(path) for path, _ in jax.tree_util.tree_leaves_with_path(numbered)]
+    for path in paths:
+        if path and getattr(path[-1], "name", None) == "value":  # an NNX variable around an array
+            path.pop()
+    return [f"params{jax.tree_util.keystr(tuple(path[:-1]))}" for path in paths]
+
+
+def layer_clip_norms(grads, l2_clip_norm, layer_of) -> tuple[Groups, list]:
+    """Each leaf's layer and each layer's clip norm, from one number, a dict or a pytree prefix."""
+    groups, layers = layers_of(grads, layer_of)
+    if isinstance(l2_clip_norm, dict) and set(l2_clip_norm) == set(layers):
+        return groups, [l2_clip_norm[layer] for layer in layers]
+    if jax.tree_util.all_leaves([l2_clip_norm]):
+        return groups, [_share(l2_clip_norm, max(1, len(layers)))] * len(layers)
+    return _by_prefix(grads, l2_clip_norm, layers)
+
+
+def _share(l2_clip_norm, num_layers: int):
+    """C / sqrt(k): the norms of k layers then come to at most C together."""
+    if isinstance(l2_clip_norm, int | float | np.number):
+        return float(l2_clip_norm) / num_layers**0.5 * (1 - 2.0**-50)
+    dtype = jnp.promote_types(jnp.result_type(l2_clip_norm), jnp.float32)
+    return jnp.asarray(l2_clip_norm, dtype) * (margin(dtype) / num_layers**0.5)
+
+
+def _by_prefix(grads, prefix: PyTree, layers: list[str]) -> tuple[Groups, list]:
+    """One layer for each leaf of a pytree that the parameters' structure begins with."""
+    structure: Any
+    norms, structure = jax.tree.flatten(prefix)
+    params: Params = jax.tree.unflatten(grads.treedef, list(range(grads.treedef.num_leaves)))
+    try:
+        below = structure.flatten_up_to(params)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "Expected l2_clip_norm to be one number, a dict with a number for each of the layers "
+            f"{layers}, or a pytree that the parameters' structure begins with: {error}"
+        ) from error
+    groups = {leaf: k for k, part in enumerate(below) for leaf in jax.tree.leaves(part)}
+    return tuple(groups[leaf] for leaf in range(len(grads.factors))), norms

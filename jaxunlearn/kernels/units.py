@@ -1,0 +1,170 @@
+"""Several rows as one unit: their factors side by side, as tokens of one example are."""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels.factors import (
+    Conv,
+    Dense,
+    Factor,
+    Lookup,
+    Outer,
+    Placed,
+    Shared,
+    Sum,
+    gram_is_cheaper,
+)
+
+if TYPE_CHECKING:
+    from jaxunlearn.kernels.example_gradients import PerExampleGradients
+
+
+def check(units_of_rows, num_rows: int, num_units: int, max_rows: int | None) -> int:
+    """Refuse units that cannot be; how many rows a unit can have."""
+    if jnp.shape(units_of_rows) != (num_rows,) or not jnp.issubdtype(
+        jnp.result_type(units_of_rows), jnp.integer
+    ):
+        raise ValueError(
+            f"Expected integer units of shape ({num_rows},), got {jnp.result_type(units_of_rows)} "
+            f"of shape {jnp.shape(units_of_rows)}."
+        )
+    if num_units < 0 or (max_rows is not None and max_rows < 1):
+        raise ValueError(
+            f"Expected num_units={num_units} >= 0 and max_rows_per_unit={max_rows} >= 1."
+        )
+    try:
+        known = np.asarray(units_of_rows)
+    except jax.errors.TracerArrayConversionError:
+        return max(1, min(max_rows or num_rows, num_rows))
+    if known.size and not (known.min() >= -1 and known.max() < num_units):
+        raise ValueError(
+            f"Expected units in -1..{num_units - 1}, got {known.min()}..{known.max()}."
+        )
+    most = int(np.bincount(known[known >= 0], minlength=1).max())
+    if max_rows is not None and most > max_rows:
+        raise ValueError(f"Expected at most max_rows_per_unit={max_rows} rows, got {most}.")
+    return max(1, max_rows or most)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["value", "size", "slack"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Summed(Dense):
+    """Gradients that are sums of several rows' gradients.
+
+    slack: (U,), what adding the rows up can have hidden of the norm.
+    """
+
+    slack: Float[Array, " u"]
+
+    def kept(self, mask: Array) -> "Summed":
+        return Summed(*(_stable.rows_where(mask, x) for x in (self.value, self.size, self.slack)))
+
+    def scaled(self, exponents: Array) -> "Summed":
+        dense = super().scaled(exponents)
+        return Summed(dense.value, dense.size, _stable.scale_by(self.slack, exponents))
+
+    def norms(self) -> tuple[Array, Array]:
+        norm, upper = super().norms()
+        return norm, upper + self.slack
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def merge(
+    grads: "PerExampleGradients", units_of_rows: Int[Array, " b"], num_units: int, max_rows: int
+) -> "PerExampleGradients":
+    """The gradients of units; rows that do not count, and rows of no unit, add zero."""
+    counts = grads.contributes & (units_of_rows >= 0) & (units_of_rows < num_units)
+    places = jnp.where(counts, units_of_rows, num_units)
+    table, fits = _table(places, num_units, max_rows)
+    merged = [_merged(factor, counts, places, table, num_units) for factor in grads.factors]
+    sizes = _stable.joint_norm([factor.size for factor in merged], num_units)
+    is_finite = jax.lax.optimization_barrier(fits & jnp.isfinite(sizes))
+    losses = jax.ops.segment_sum(jnp.where(counts, grads.losses, 0), places, num_units)
+    return dataclasses.replace(
+        grads,
+        losses=_stable.rows_where(is_finite, losses),
+        is_finite=is_finite,
+        num_non_finite=jnp.sum(~is_finite, dtype=jnp.int32),
+        factors=tuple(merged),
+        is_clean=jnp.all(jnp.isfinite(sizes)),
+        is_padding=None,
+        aux=None,
+    )
+
+
+def _table(places: Int[Array, " b"], num_units: int, max_rows: int) -> tuple[Array, Array]:
+    """(U, max_rows) row numbers, B where a unit has no more rows; and whether all its rows fit."""
+    num_rows = places.shape[0]
+    order = jnp.append(jnp.argsort(places), num_rows)
+    counts = jnp.zeros((num_units + 1,), jnp.int32).at[places].add(1)[:num_units]
+    starts = jnp.cumsum(counts) - counts
+    rank = jnp.arange(max_rows, dtype=jnp.int32)
+    at = jnp.where(rank < counts[:, None], starts[:, None] + rank, num_rows)
+    return order[at], counts <= max_rows
+
+
+def _merged(factor: Any, counts: Array, places: Array, table: Array, num_units: int) -> Any:
+    """The factor of the units' sums; a row that does not count is in no place of the table."""
+    if _has_tokens(factor):
+        merged = _side_by_side(factor, table)
+        if isinstance(merged, Outer) and not _stays_factored(merged):
+            return Dense.of(merged.materialize())
+        return merged
+    if isinstance(factor, Sum) and all(map(_has_tokens, factor.parts)):
+        return Sum.of(tuple(_side_by_side(part, table) for part in factor.parts), factor.shape)
+    if isinstance(factor, Shared):
+        rows = jnp.zeros((num_units + 1,), factor.rows.dtype).at[places].add(factor.rows)
+        norm = jnp.max(factor.kept(counts).size, initial=0)
+        return Shared(factor.kept(counts).value, rows[:num_units], rows[:num_units] * norm)
+    if isinstance(factor, Placed):
+        return Placed(_summed(factor.inner.kept(counts), places, table, num_units), factor.steps)
+    return _summed(factor.kept(counts), places, table, num_units)
+
+
+def _has_tokens(factor: Any) -> bool:
+    """Whether a factor sums over tokens, so that several rows' can stand side by side."""
+    return isinstance(factor, Outer | Lookup | Conv)
+
+
+def _stays_factored(outer: Outer) -> bool:
+    """Whether the factors are cheaper than their product."""
+    _, _, num_tokens, m = outer.left.shape
+    return num_tokens == 1 or gram_is_cheaper(num_tokens, m, outer.right.shape[-1])
+
+
+def _side_by_side(factor: Any, table: Array) -> Any:
+    """The tokens of a unit's rows, one row after the other."""
+
+    def joined(x, axis):
+        rows = jnp.moveaxis(jnp.take(x, table, axis=0, mode="fill", fill_value=0), 1, axis)
+        return rows.reshape(*rows.shape[:axis], -1, *rows.shape[axis + 2 :])
+
+    if isinstance(factor, Lookup):
+        index, rows = joined(factor.index, 1), joined(factor.rows, 1)
+        return Lookup.of(index, rows, factor.num_rows, factor.steps)
+    axis = 1 if isinstance(factor, Conv) else 2
+    left, right = joined(factor.left, axis), joined(factor.right, axis)
+    if isinstance(factor, Conv):
+        return Conv.of(left, right, factor.geometry, factor.steps)
+    return Outer.of(left, right, factor.steps)
+
+
+def _summed(factor: Factor, places: Array, table: Array, num_units: int) -> Summed:
+    """The sums of materialised gradients, (U, *shape)."""
+    value = factor.materialize()
+    # Zeros and ones: every product is exact, and a scatter is slow on CPU.
+    members = (jnp.arange(num_units)[:, None] == places).astype(_stable.widened(value))
+    summed = Dense.of(_stable.contract("ub,b...->u...", members, value))
+    _, uppers = factor.norms()
+    roundoff = _stable.unit_roundoff(summed.size.dtype)
+    slack = 2 * (table.shape[1] + _stable.SLACK) * roundoff
+    return Summed(summed.value, summed.size, slack * _stable.contract("ub,b->u", members, uppers))

@@ -1,0 +1,152 @@
+"""Microbatches: the same figures as all rows at once, in the memory of a few."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxunlearn import kernels
+
+NUM_ROWS = 7
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def dense(params, x):
+    return jnp.mean(jnp.tanh(x @ params["w"]) ** 2)
+
+
+def convolving(params, x):
+    dims = ("NHWC", "HWIO", "NHWC")
+    h = jax.lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=dims)
+    return jnp.mean(jnp.tanh(h) ** 2)
+
+
+def keyed(params, x, key):
+    return dense(params, x * jax.random.bernoulli(key, 0.5, x.shape))
+
+
+CASES = {
+    "dense": (dense, {"w": normal(0, 5, 4)}, normal(1, NUM_ROWS, 5)),
+    "convolving": (convolving, {"w": normal(0, 3, 3, 2, 2)}, normal(1, NUM_ROWS, 4, 4, 2)),
+}
+
+
+def figures(grads):
+    return grads.clipped_sum(0.1), {"norms": grads.norms(), "losses": grads.losses}
+
+
+def assert_alike(got, want):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "microbatch_size"), [("dense", 3), ("dense", 100), ("convolving", 3)]
+)
+def test_microbatches_give_what_all_rows_at_once_give(name, microbatch_size):
+    loss_fn, params, batch = CASES[name]
+    step = kernels.microbatched(loss_fn, figures, microbatch_size=microbatch_size)
+    assert_alike(step(params, batch), figures(kernels.per_example(loss_fn)(params, batch)))
+    padding = jnp.arange(NUM_ROWS) >= 2  # two microbatches of padding at the end
+    got = step(params, batch, is_padding_example=padding)
+    grads = kernels.per_example(loss_fn)(params, batch, is_padding_example=padding)
+    assert_alike(got, figures(grads))
+    assert_alike(jax.jit(step)(params, batch), step(params, batch))
+
+
+def test_every_row_keeps_its_own_key_and_its_padding_by_id():
+    _, params, batch = CASES["dense"]
+    keys = jax.random.split(jax.random.key(0), NUM_ROWS)
+    ids = jnp.array([5, -1, 3, 2, -1, 0, 1])
+    step = kernels.microbatched(keyed, figures, microbatch_size=2)
+    grads = kernels.per_example(keyed)(params, batch, keys=keys, ids=ids)
+    assert_alike(step(params, batch, keys=keys, ids=ids), figures(grads))
+
+
+def test_a_batch_without_rows_and_one_of_padding_alone_sum_to_zero():
+    loss_fn, params, batch = CASES["dense"]
+    step = kernels.microbatched(loss_fn, figures, microbatch_size=3)
+    added, stacked = step(params, batch[:0])
+    assert stacked["norms"].shape == (0,)
+    assert not np.any(added["w"])
+    added, stacked = step(params, batch, is_padding_example=jnp.ones(NUM_ROWS, bool))
+    assert not np.any(added["w"])
+    assert not np.any(stacked["norms"])
+
+
+def loops(jaxpr):
+    """The primitives bound in the loops of a jaxpr."""
+    found = set()
+    for eqn in jaxpr.eqns:
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    is_loop = eqn.primitive.name in ("while", "scan")
+                    found |= names(inner) if is_loop else loops(inner)
+    return found
+
+
+def names(jaxpr):
+    found = {eqn.primitive.name for eqn in jaxpr.eqns}
+    for eqn in jaxpr.eqns:
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            found |= names(inner) if hasattr(inner, "eqns") else set()
+    return found
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere a loop is fine")
+def test_on_cpu_no_convolution_stands_in_a_loop_and_dense_layers_do():
+    inside = {}
+    for name, (loss_fn, params, batch) in CASES.items():
+        step = kernels.microbatched(loss_fn, figures, microbatch_size=3)
+        inside[name] = loops(jax.make_jaxpr(step)(params, batch).jaxpr)
+    assert "dot_general" in inside["dense"]
+    assert "conv_general_dilated" not in inside["convolving"]
+
+
+def test_memory_is_that_of_a_microbatch():
+    """64 rows of 64 tokens by a layer that has no factors, 8 rows at a time."""
+    params = {"w": jnp.zeros((64, 64))}
+    x = jnp.ones((64, 64, 64))
+    loss_fn = lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]) ** 2)
+    sizes = {}
+    for size in (8, 64):
+        step = jax.jit(kernels.microbatched(loss_fn, figures, microbatch_size=size))
+        memory = step.lower(params, x).compile().memory_analysis()
+        sizes[size] = memory.temp_size_in_bytes
+    assert sizes[8] < sizes[64] / 4
+
+
+def test_memory_is_that_of_a_microbatch_where_it_convolves():
+    params = {"w": normal(0, 3, 3, 8, 8)}
+    x = jnp.ones((32, 16, 16, 8))
+    sizes = {}
+    for size in (4, 32):
+        step = jax.jit(kernels.microbatched(convolving, figures, microbatch_size=size))
+        sizes[size] = step.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+    assert sizes[4] < sizes[32] / 3
+
+
+def test_a_second_call_does_not_trace_again():
+    traces = []
+
+    def loss_fn(params, x):
+        traces.append(None)
+        return dense(params, x)
+
+    _, params, batch = CASES["dense"]
+    step = kernels.microbatched(loss_fn, figures, microbatch_size=2)
+    step(params, batch)
+    count = len(traces)
+    step(params, batch + 1)
+    assert len(traces) == count
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True])
+def test_a_microbatch_that_is_none_is_refused(size):
+    with pytest.raises(ValueError, match="microbatch_size"):
+        kernels.microbatched(dense, figures, microbatch_size=size)
