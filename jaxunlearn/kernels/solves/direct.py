@@ -78,7 +78,9 @@ def cholesky(*, max_dimension: int = 4096, many: bool = False) -> Solver:
     return solve
 
 
-def woodbury(*, damping: float | Float[Array, ""], many: bool = False) -> Callable[..., Solution]:
+def woodbury(
+    *, damping: float | Float[Array, ""], num_refinements: int = 1, many: bool = False
+) -> Callable[..., Solution]:
     """Damped empirical Fisher inverse through the rows of a batch, whatever the parameter count.
 
         (damping I + sum_i w_i g_i g_i' / num_rows)^-1 v
@@ -88,20 +90,21 @@ def woodbury(*, damping: float | Float[Array, ""], many: bool = False) -> Callab
 
     Args:
       damping: > 0.
+      num_refinements: rounds of solving again for what is left, >= 0: the difference above cancels
+        where `damping` is small beside the largest eigenvalue.
       many: leaves of the right-hand side have a leading axis K; the (B, B) system is factorised
         once.
 
     Returns:
       A function (gradients, rhs, *, weights=None, num_rows=None) -> `Solution`, `gradients` from
       `per_example(loss_fn)(params, batch)`. weights: (B,), >= 0; None means ones. num_rows: the
-      divisor; None means the sum of the weights. `num_iterations` is 1, the products that the
-      formula spends; `negative_curvature` says that (B, B) was not positive definite, by rounding
-      or by a negative weight, and then x is zero.
+      divisor; None means the sum of the weights. `num_iterations` is 1 + 2 num_refinements;
+      `negative_curvature` says that (B, B) was not positive definite, by rounding or by a negative
+      weight, and then x is zero.
 
-    Cost: one Gram matrix, its Cholesky factor (B^3 / 3 operations), and two products with G and G'
-    for each right-hand side, one for the residual. Memory: (B, B) and the factors. The difference
-    cancels where damping is below rounding times the largest eigenvalue; `refined` repairs what
-    can be repaired.
+    Cost: one Gram matrix, its Cholesky factor (B^3 / 3 operations), and for each
+    right-hand side 1 + 2 num_refinements products with G and G', and one for the residual. Memory:
+    (B, B) and the factors.
 
     Raises:
       ValueError: `damping` or a weight out of range, or weights of the wrong shape.
@@ -116,6 +119,8 @@ def woodbury(*, damping: float | Float[Array, ""], many: bool = False) -> Callab
     """
     if isinstance(damping, int | float) and not damping > 0:
         raise ValueError(f"Expected damping={damping} > 0.")
+    if num_refinements < 0:
+        raise ValueError(f"Expected num_refinements={num_refinements} >= 0.")
     space = Space(many)
 
     def solve(
@@ -128,16 +133,16 @@ def woodbury(*, damping: float | Float[Array, ""], many: bool = False) -> Callab
         if many:
             check_stack(rhs)
         weights = _row_weights(gradients, weights)
-        count = jnp.sum(weights) if num_rows is None else jnp.asarray(num_rows, weights.dtype)
-        count = jnp.where(count == 0, 1.0, count)
+        divisor = jnp.sum(weights) if num_rows is None else jnp.asarray(num_rows, weights.dtype)
+        divisor = jnp.where(divisor == 0, 1.0, divisor)
         root = jnp.sqrt(weights)
         inner = root[:, None] * gradients.gram() * root[None, :]
-        shift = damping * count * jnp.eye(len(root), dtype=inner.dtype)
+        shift = damping * divisor * jnp.eye(len(root), dtype=inner.dtype)
         factor = jax.scipy.linalg.cho_factor(inner + shift, lower=True)
         indefinite = ~jnp.all(jnp.isfinite(factor[0]))
 
         def product(vector):
-            pulled = gradients.sum(weights * gradients.dot(vector) / count)
+            pulled = gradients.sum(weights * gradients.dot(vector) / divisor)
             return jax.tree.map(lambda g, v: g + damping * v, pulled, vector)
 
         def apply(vector):
@@ -149,7 +154,10 @@ def woodbury(*, damping: float | Float[Array, ""], many: bool = False) -> Callab
         over = jax.vmap if many else lambda function: function
         system = problem(space, over(product), rhs, None, 0.0)
         x = over(apply)(system.residual)
-        count = zeros(space, system.rhs, jnp.int32) + 1
+        for _ in range(num_refinements):
+            gap = jax.tree.map(jnp.subtract, system.residual, over(product)(x))
+            x = jax.tree.map(jnp.add, x, over(apply)(gap))
+        count = zeros(space, system.rhs, jnp.int32) + (1 + 2 * num_refinements)
         return system.solution(x, count, zeros(space, system.rhs, bool) | indefinite)
 
     return solve

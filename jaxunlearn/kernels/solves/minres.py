@@ -83,8 +83,8 @@ def minres(
 
     References: Paige and Saunders 1975, "Solution of sparse indefinite systems of linear
       equations", section 6; Liu and Roosta 2022, "MINRES: from negative curvature detection to
-      monotonicity properties", section 3 (the sign of r' A r from the rotations). Deviation: the two
-      tests for a system without solution, of which the second is made without preconditioner.
+      monotonicity properties", section 3 (the sign of r' A r from the rotations). Deviation: the
+      two tests for a system without solution; the second is made without preconditioner only.
     """
     check_options(tol=tol, max_iterations=max_iterations, loop=loop)
     space = Space(many)

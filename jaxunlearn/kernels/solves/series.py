@@ -254,11 +254,11 @@ def lissa(
 
         repeats = jax.vmap(recursion)(jax.random.split(key_steps, num_repeats))
         x = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), repeats)
-        iterations = jnp.full((), count, jnp.int32)
-        solution = system.solution(x, iterations, jnp.zeros((), bool))
-        curvature = space.dot(solution.x, widened(matvec(solution.x)))
-        negative = (curvature <= 0) & (space.peak(solution.x) != 0)
-        return Solution(solution.x, solution.residual_norm, iterations, negative)
+        x = like(space.shift(x, system.exponent), system.rhs)
+        product_of_x = widened(matvec(x))
+        gap = jax.tree.map(jnp.subtract, product_of_x, widened(system.rhs))
+        negative = (space.dot(x, product_of_x) <= 0) & (space.peak(x) != 0)
+        return Solution(x, space.norm(gap), jnp.full((), count, jnp.int32), negative)
 
     return solve
 
