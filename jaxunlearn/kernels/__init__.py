@@ -14,16 +14,33 @@ from jaxunlearn.kernels.per_example import per_example
 from jaxunlearn.kernels.precision import check_float64, narrowings
 from jaxunlearn.kernels.products import hvp, hvp_many
 from jaxunlearn.kernels.rowwise import example_keys, row_losses, takes_key
-from jaxunlearn.kernels.solves import Solution, Solver, cg, cholesky
+from jaxunlearn.kernels.solves import (
+    NystromApproximation,
+    Solution,
+    Solver,
+    block_cg,
+    cg,
+    cholesky,
+    jacobi,
+    lissa,
+    minres,
+    neumann,
+    nystrom,
+    refined,
+    spectral_radius,
+    woodbury,
+)
 
 __all__ = [
     "AuxiliaryOutput",
     "BoundedSensitivityCallable",
     "GradientInfo",
+    "NystromApproximation",
     "PerExampleGradients",
     "RemovalFigures",
     "Solution",
     "Solver",
+    "block_cg",
     "cg",
     "check_float64",
     "check_loss",
@@ -33,13 +50,21 @@ __all__ = [
     "feature_gram",
     "hvp",
     "hvp_many",
+    "jacobi",
+    "lissa",
     "microbatched",
+    "minres",
     "narrowings",
+    "neumann",
     "newton_step",
+    "nystrom",
     "per_example",
+    "refined",
     "removal_figures",
     "row_losses",
+    "spectral_radius",
     "takes_key",
     "weighted_grad",
     "weighted_loss",
+    "woodbury",
 ]
