@@ -1,5 +1,6 @@
 """Kernels: a loss function goes in, a function comes out. Pure JAX; the caller jits and vmaps."""
 
+from jaxunlearn.kernels import lbfgs
 from jaxunlearn.kernels.clipping import (
     AuxiliaryOutput,
     BoundedSensitivityCallable,
@@ -52,6 +53,7 @@ __all__ = [
     "hvp_many",
     "jacobi",
     "lissa",
+    "lbfgs",
     "microbatched",
     "minres",
     "narrowings",
