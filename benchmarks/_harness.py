@@ -1,5 +1,6 @@
 """What the benchmarks share: timing (of `jaxunlearn.cli.timing`), environment, JSON."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxunlearn.cli.timing import (
     MIN_REPEATS,
@@ -26,10 +28,12 @@ from jaxunlearn.cli.timing import (
 __all__ = [
     "MIN_REPEATS",
     "aligned",
+    "busy",
     "compare",
     "compile_seconds",
     "environment",
     "flops",
+    "matmul_flops_per_second",
     "median_interval",
     "ratio_of",
     "seconds",
@@ -54,8 +58,26 @@ def environment() -> dict[str, Any]:
         "num_devices": jax.device_count(),
         "cpu_count": os.cpu_count(),
         "x64": bool(jax.config.jax_enable_x64),
+        "load_before": os.getloadavg()[0],
         "versions": {name: _version(name) for name in ("jaxlib", "optax", "numpy", *PEERS)},
     }
+
+
+def busy() -> str | None:
+    """A warning where something else is running: PyTorch's threads suffer most from company."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < 0.5 * cores:
+        return None
+    return f"warning: load {load:.1f} on {cores} cores; figures of a busy machine are not fair"
+
+
+@functools.cache
+def matmul_flops_per_second(size: int = 1024) -> float:
+    """What a square float32 matrix product reaches here, at its best of nine."""
+    product = jax.jit(jnp.matmul)
+    matrix = jnp.ones((size, size))
+    seconds(lambda: product(matrix, matrix))
+    return 2 * size**3 / min(seconds(lambda: product(matrix, matrix)) for _ in range(9))
 
 
 def _version(package: str) -> str | None:

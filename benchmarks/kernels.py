@@ -15,9 +15,10 @@ the candidate's own framework, "/ ours" compares seconds with seconds.
 import argparse
 import json
 import pathlib
+import sys
 import time
 
-from _harness import MIN_REPEATS, environment, write_json
+from _harness import MIN_REPEATS, busy, environment, write_json
 from _kernels import bars, plan, report
 
 
@@ -33,6 +34,8 @@ def main() -> None:
         found_in = environment()
         print(", ".join(f"{k} {v}" for k, v in found_in.items() if not isinstance(v, dict)))
         print(", ".join(f"{k} {v or 'missing'}" for k, v in found_in["versions"].items()))
+        if warning := busy():
+            print(warning, file=sys.stderr)
         cells = plan.run(
             options.only, quick=options.quick, repeats=options.repeats, patience=options.patience,
             report=report.show_cell,

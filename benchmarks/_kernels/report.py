@@ -1,6 +1,7 @@
 """What a run found: tables in the terminal, the bars, JSON."""
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,8 +28,16 @@ def show_cell(cell: Cell, repeats: int) -> None:
     ]
     rows += [[name, *[""] * (len(HEADER) - 2), reason] for name, reason in cell.blanks.items()]
     _show(title, HEADER, rows)
+    if "plain_flops_seconds" in cell.facts:
+        least = cell.facts["plain_flops_seconds"]
+        share = least / cell.results[bars.PLAIN]["median_seconds"]
+        print(f"flops of the plain gradient at the rate of a matrix product: {1e3 * least:.3g} ms, "
+              f"{share:.0%} of its time")  # fmt: skip
+    if "stream_bytes_per_second" in cell.facts:
+        print(f"stream: {cell.facts['stream_bytes_per_second'] / 1e9:.3g} GB/s")
     for name, said in cell.facts.get("reported", {}).items():
         print(f"{name}: " + ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in said.items()))
+    sys.stdout.flush()
 
 
 def _size_name(cell: Cell) -> str:

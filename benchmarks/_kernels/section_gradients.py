@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from _harness import flops
+from _harness import flops, matmul_flops_per_second
 
 from _kernels import bars, ours, peers_jax, peers_torch
 from _kernels.cells import Candidate, Cell, measure, one
@@ -30,9 +30,17 @@ def per_example(model: Model, size: int, *, peers: bool, **options) -> Cell:
     }
     candidates = _per_example_jax(model, params, batch, clip)
     candidates += _per_example_peers(model, params, batch, clip) if peers else []
-    cell = measure(cell, candidates, references, sample_seconds=SAMPLE_SECONDS, **options)
-    cell.facts["plain_flops"] = flops(jax.grad(model.loss_fn), params, batch)
-    return cell
+    cell.facts |= _flops(model, params, batch)
+    return measure(cell, candidates, references, sample_seconds=SAMPLE_SECONDS, **options)
+
+
+def _flops(model: Model, params, batch) -> dict:
+    """The floor under the floor: the plain gradient's flops at the rate of a matrix product."""
+    counted = flops(jax.grad(model.loss_fn), params, batch)
+    if counted is None:
+        return {}
+    rate = matmul_flops_per_second()
+    return {"plain_flops": counted, "plain_flops_seconds": counted / rate, "matmul_flops": rate}
 
 
 def _per_example_jax(model: Model, params, batch, clip) -> list[Candidate]:
@@ -81,7 +89,7 @@ def products(model: Model, size: int, *, peers: bool, **options) -> Cell:
     """One product and 64, everybody's."""
     params, batch = model.params(), model.batch(size)
     cell = Cell("products", model.name, size, bars.PLAIN)
-    cell.facts = {"num_params": model.num_params}
+    cell.facts = {"num_params": model.num_params} | _flops(model, params, batch)
     keys = iter(jax.random.split(jax.random.key(3), 2 * len(model.shapes)))
     vectors = jax.tree.map(
         lambda p: jax.random.normal(next(keys), (bars.NUM_TANGENTS, *p.shape)), params
