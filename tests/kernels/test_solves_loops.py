@@ -93,8 +93,15 @@ def test_a_convolution_on_a_cpu_is_solved_by_a_loop_on_the_host(many):
     traced = jax.jit(lambda b: cg(many=many)(matvec, b))(rhs)
     assert len(calls) == 2  # the body and the residual, whatever the number of iterations
     assert oracles.relative_gap(traced.x, solution.x) < 1e-5
-    mapped = jax.vmap(lambda s: cg(many=many)(lambda x: s * matvec(x), rhs))(jnp.array([1.0, 2.0]))
-    assert oracles.relative_gap(2 * mapped.x[1], solution.x) < 1e-5
+
+
+@pytest.mark.slow
+def test_under_vmap_a_convolution_is_solved_on_the_device():
+    kernel = jnp.array([[[1.0, 4.0, 1.0]]])
+    product = lambda x: jax.lax.conv_general_dilated(x[None, None], kernel, (1,), "SAME")[0, 0]
+    rhs = jnp.asarray(RHS, jnp.float32)
+    mapped = jax.vmap(lambda s: cg()(lambda x: s * product(x), rhs))(jnp.array([1.0, 2.0]))
+    assert oracles.relative_gap(2 * mapped.x[1], cg()(product, rhs).x) < 1e-5
 
 
 @by_maker

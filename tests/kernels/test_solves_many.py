@@ -262,14 +262,21 @@ def test_the_products_of_hvp_many_serve_as_they_are(x64):
 
     rhs = {"w": rng.normal(size=(5, 3)), "b": rng.normal(size=5)}
     products, product = hvp_many(loss, damping=0.1), hvp(loss, damping=0.1)
-    many = cg(tol=1e-12, many=True)(lambda v: products(params, (x, y), v), rhs)
+
+    @jax.jit
+    def both(rhs):
+        row = jax.tree.map(lambda leaf: leaf[2], rhs)
+        return (
+            cg(tol=1e-12, many=True)(lambda v: products(params, (x, y), v), rhs),
+            cg(tol=1e-12)(lambda v: product(params, (x, y), v), row),
+        )
+
+    many, one = both(rhs)
     hessian = oracles.logistic_hessian(params, x, np.ones(12), 12) + 0.1 * np.eye(4)
     for i in range(5):
         row = np.concatenate([[rhs["b"][i]], rhs["w"][i]])
         got = np.concatenate([[many.x["b"][i]], many.x["w"][i]])
         assert oracles.relative_gap(got, np.linalg.solve(hessian, row)) < 1e-10
-    row = jax.tree.map(lambda leaf: leaf[2], rhs)
-    one = cg(tol=1e-12)(lambda v: product(params, (x, y), v), row)
     assert int(one.num_iterations) == int(many.num_iterations[2])
 
 

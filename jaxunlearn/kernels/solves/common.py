@@ -1,5 +1,6 @@
 """What all solvers share: the solution, vectors and stacks of them, scaling, and the loop."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -149,7 +150,7 @@ def iterate(
         return jnp.any(active(state))
 
     def masked(state):
-        return space.select(active(state), step(state), state)
+        return _selected(space, active(state), step(state), state)
 
     body = masked if space.many else step
     if loop == "unrolled":
@@ -169,6 +170,12 @@ def iterate(
                     'Call the solver directly, with a jitted matvec, or take loop="device".'
                 ) from error
     return lax.while_loop(proceed, body, state)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _selected(space: Space, mask: Array, new: Any, old: Any) -> Any:
+    """`new` in the systems that `mask` marks: one call where the loop is on the host."""
+    return space.select(mask, new, old)
 
 
 def check_options(*, tol: float, max_iterations: int, loop: str) -> None:
