@@ -147,7 +147,7 @@ def test_a_persistent_cache_does_not_make_compilation_look_free(tmp_path):
 # Cells: nothing is timed that is missing or wrong.
 
 
-def some_cell(candidates):
+def some_cell(candidates, **options):
     cells = part("cells")
     given = [
         cells.Candidate(name, kernel, lambda f=f: f, cells.one, framework, name == "jaxunlearn")
@@ -155,7 +155,7 @@ def some_cell(candidates):
     ]
     cell = cells.Cell("per_example", "MLP", 4, "plain gradient")
     references = {"gradient": [np.ones(3)], "clipped sum": [np.full(3, 2.0)]}
-    return cells.measure(cell, given, references)
+    return cells.measure(cell, given, references, **options)
 
 
 def missing():
@@ -176,20 +176,39 @@ def test_a_missing_failing_or_wrong_peer_is_a_blank_with_its_reason():
     assert list(cell.results) == ["plain gradient", "jaxunlearn"]
     assert cell.blanks == {
         "Opacus ghost": "not installed (opacus)",
-        "Optax": "disagrees by 5.0e-03",
-        "BackPACK": "disagrees by inf",
+        "Optax": "Optax disagrees by 5.0e-03",
+        "BackPACK": "BackPACK disagrees by inf",
         "torch.func": "fails: ZeroDivisionError: division by zero",
     }
 
 
 def test_a_wrong_result_of_ours_ends_the_run():
-    with pytest.raises(AssertionError, match="jaxunlearn is wrong"):
+    with pytest.raises(part("cells").Unfit, match=r"jaxunlearn disagrees by 2\.5e-01"):
         some_cell(
             [
                 ("plain gradient", "gradient", lambda: np.ones(3), "jax"),
                 ("jaxunlearn", "clipped sum", lambda: np.full(3, 2.5), "jax"),
             ]
         )
+
+
+def test_a_peer_too_slow_to_repeat_says_how_slow(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def taking(seconds, result):
+        timed = clock.candidate("", seconds)
+        return lambda: (timed(), result)[1]
+
+    cell = some_cell(
+        [
+            ("plain gradient", "gradient", taking(1.0, np.ones(3)), "jax"),
+            ("jaxunlearn", "clipped sum", taking(5.0, np.full(3, 2.0)), "jax"),
+            ("Optax", "clipped sum", taking(5.0, np.full(3, 2.0)), "jax"),
+        ],
+        patience=2.0,
+    )
+    assert cell.blanks == {"Optax": "too slow to repeat: 5 s a call"}
+    assert cell.results["jaxunlearn"]["num_repeats"] == 30
 
 
 def test_not_a_number_agrees_with_nothing():

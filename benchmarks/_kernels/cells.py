@@ -7,12 +7,14 @@ something else would be a broken baseline, and is left out as well.
 """
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from _harness import compare
+from _harness import compare, seconds
 
 MAX_DISAGREEMENT = 1e-3
 """Relative L2 distance to the reference: float32 and 1e-6 in a peer's clip factor, nothing more."""
@@ -72,40 +74,61 @@ def measure(
     cell: Cell,
     candidates: Iterable[Candidate],
     references: Mapping[str, list[np.ndarray]],
+    *,
+    patience: float = math.inf,
     **options,
 ) -> Cell:
-    """Build, check and time every candidate of a cell. `references` holds arrays by kernel."""
+    """Build, check and time every candidate of a cell. `references` holds arrays by kernel.
+
+    A peer of which two calls would exceed `patience` is a blank that says how long one takes.
+    """
     functions, facts = {}, {}
     for candidate in candidates:
+        needed = candidate.ours or candidate.name == cell.baseline
         try:
-            function = candidate.build()
-            distance = disagreement(candidate.arrays(function()), references[candidate.kernel])
+            function, fact = _checked(candidate, references[candidate.kernel], patience)
         except ImportError as error:
             cell.blanks[candidate.name] = f"not installed ({error.name})"
-            continue
+        except Unfit as error:
+            if needed:
+                raise
+            cell.blanks[candidate.name] = str(error)
         except Exception as error:
-            if candidate.ours or candidate.name == cell.baseline:
+            if needed:
                 raise
             cell.blanks[candidate.name] = f"fails: {_first_line(error)}"
-            continue
-        if not distance <= MAX_DISAGREEMENT:
-            if candidate.ours or candidate.name == cell.baseline:
-                raise AssertionError(f"{candidate.name} is wrong by {distance:.1e} on {cell.name}")
-            cell.blanks[candidate.name] = f"disagrees by {distance:.1e}"
-            continue
-        functions[candidate.name] = function
-        facts[candidate.name] = {
-            "kernel": candidate.kernel,
-            "framework": candidate.framework,
-            "ours": candidate.ours,
-            "disagreement": distance,
-            "setting": getattr(function, "setting", None),
-        }
+        else:
+            functions[candidate.name], facts[candidate.name] = function, fact
     # What a bar is about has all of its repeats, however slow; a peer may have fewer.
     ours = [name for name, fact in facts.items() if fact["ours"]]
-    timed = compare(functions, baseline=cell.baseline, always=ours, **options)
+    timed = compare(functions, baseline=cell.baseline, always=ours, patience=patience, **options)
     cell.results = {name: result | facts[name] for name, result in timed.items()}
     return cell
+
+
+class Unfit(Exception):
+    """A candidate that runs, and that is still not timed."""
+
+
+def _checked(candidate: Candidate, reference, patience: float):
+    """The function of a candidate and what is known of it before timing."""
+    begun = time.perf_counter()
+    function = candidate.build()
+    result = jax.block_until_ready(function())
+    first = time.perf_counter() - begun
+    distance = disagreement(candidate.arrays(result), reference)
+    if not distance <= MAX_DISAGREEMENT:
+        raise Unfit(f"{candidate.name} disagrees by {distance:.1e}")
+    if first > 2 * patience and not candidate.ours and 2 * seconds(function) > patience:
+        raise Unfit(f"too slow to repeat: {seconds(function):.2g} s a call")
+    return function, {
+        "kernel": candidate.kernel,
+        "framework": candidate.framework,
+        "ours": candidate.ours,
+        "disagreement": distance,
+        "setting": getattr(function, "setting", None),
+        "first_call_seconds": first,
+    }
 
 
 def _first_line(error: Exception) -> str:
