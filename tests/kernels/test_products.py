@@ -1,5 +1,7 @@
 """Hessian-vector products, against dense Hessians."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-from jaxunlearn.kernels import example_keys, hvp, hvp_many
+from jaxunlearn.kernels import _cpu, example_keys, ggn_vp, ggn_vp_many, hvp, hvp_many
 from tests import oracles
 
 ROWS, FEATURES = 7, 4
@@ -205,3 +207,293 @@ def test_weights_that_would_broadcast_are_refused(shape, size):
         jax.jit(hvp(logistic_loss, microbatch_size=size))(
             params, batch, vector, weights=jnp.ones(shape)
         )
+
+
+# --- many vectors, in whatever way they are dispatched -------------------------------------------
+
+
+def network_outputs(params, batch):
+    return jnp.tanh(batch["x"] @ params["w"]) @ params["v"] + params["b"]
+
+
+def quartic(outputs, batch):
+    return jnp.mean((outputs - batch["y"]) ** 4)
+
+
+def grid_outputs(params, batch):
+    """A convolution in channels-first order with strides, a sequence model's products, a loop."""
+    dims = ("NCHW", "OIHW", "NCHW")
+    h = jax.lax.conv_general_dilated(
+        batch["x"], params["kernel"], (2, 1), "SAME", dimension_numbers=dims
+    )
+    tokens = jnp.tanh(h).reshape(h.shape[0], h.shape[1], -1).swapaxes(1, 2)
+    mixed, _ = jax.lax.scan(lambda t, w: (jnp.tanh(t @ w), None), tokens, params["stack"])
+    return jnp.einsum("btd,de->be", mixed, params["head"])
+
+
+def grid_loss(params, batch):
+    return jnp.mean((grid_outputs(params, batch) - batch["y"]) ** 2)
+
+
+def grid_problem(seed, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    shapes = {"kernel": (3, 2, 3, 3), "stack": (2, 3, 3), "head": (3, 2)}
+    params = {name: rng.normal(size=shape).astype(dtype) / 2 for name, shape in shapes.items()}
+    batch = {"x": rng.normal(size=(5, 2, 4, 3)), "y": rng.normal(size=(5, 2))}
+    vectors = {name: rng.normal(size=(4, *shape)) for name, shape in shapes.items()}
+    return params, jax.tree.map(lambda leaf: leaf.astype(dtype), batch), vectors
+
+
+def by_rows(matrix_of, params, batch):
+    """The matrix of each row alone, (B, P, P), by JAX's own dense derivatives."""
+    flat, unravel = ravel_pytree(jax.tree.map(jnp.asarray, params))
+    single = lambda row: jax.tree.map(lambda leaf: leaf[None], row)
+    return np.asarray(jax.jit(jax.vmap(lambda row: matrix_of(flat, unravel, single(row))))(batch))
+
+
+def dense_hessians(loss_fn, params, batch):
+    return by_rows(
+        lambda flat, unravel, row: jax.hessian(lambda p: loss_fn(unravel(p), row))(flat),
+        params,
+        batch,
+    )
+
+
+def dense_gauss_newtons(outputs_fn, outputs_loss, params, batch):
+    def matrix(flat, unravel, row):
+        outputs = lambda p: outputs_fn(unravel(p), row).ravel()
+        shape = outputs_fn(unravel(flat), row).shape
+        jacobian = jax.jacobian(outputs)(flat)
+        curvature = jax.hessian(lambda z: outputs_loss(z.reshape(shape), row))(outputs(flat))
+        return jacobian.T @ curvature @ jacobian
+
+    return by_rows(matrix, params, batch)
+
+
+def rows_of(tree):
+    """A stack of vectors as a matrix in the order of `ravel_pytree`."""
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+@pytest.mark.parametrize("at_once", [1, pytest.param(3, marks=pytest.mark.slow), 4])
+def test_convolutions_scans_and_tokens_give_the_dense_hessian_however_dispatched(at_once, x64):
+    params, batch, vectors = grid_problem(0)
+    size = 2 if at_once == 1 else None
+    many = jax.jit(hvp_many(grid_loss, tangents_at_once=at_once, microbatch_size=size))
+    want = rows_of(vectors) @ dense_hessians(grid_loss, params, batch).mean(0)
+    assert oracles.relative_gap(rows_of(many(params, batch, vectors)), want) < 1e-12
+
+
+def test_a_loop_on_the_cpu_holds_no_convolution_in_a_slow_layout():
+    params, batch, vectors = grid_problem(0, np.float32)
+    for size in (None, 2):
+        many = hvp_many(grid_loss, microbatch_size=size)
+        jaxpr = jax.make_jaxpr(many)(params, batch, vectors).jaxpr
+        layouts = set(convolution_layouts(jaxpr))
+        assert layouts == {((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))}
+
+
+def convolution_layouts(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            yield tuple(eqn.params["dimension_numbers"])
+        for value in eqn.params.values():
+            for inner in _cpu._jaxprs(value):
+                yield from convolution_layouts(inner)
+
+
+@pytest.mark.parametrize("at_once", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_gauss_newton_equals_the_dense_sandwich(at_once, x64):
+    params, batch = network_problem(3)
+    vectors = jax.tree.map(lambda leaf: np.stack([leaf, leaf**2, np.cos(leaf)]), params)
+    weights = np.random.default_rng(4).uniform(0.5, 2.0, ROWS)
+    matrices = dense_gauss_newtons(network_outputs, quartic, params, batch)
+    total = np.tensordot(weights, matrices, 1)
+    for size, num_rows in ((None, None), (3, 5)):
+        product = jax.jit(
+            ggn_vp_many(network_outputs, quartic, tangents_at_once=at_once, microbatch_size=size)
+        )
+        got = rows_of(product(params, batch, vectors, weights=weights, num_rows=num_rows))
+        divisor = weights.sum() if num_rows is None else num_rows
+        assert oracles.relative_gap(got, rows_of(vectors) @ total / divisor) < 1e-12
+
+
+def test_gauss_newton_is_not_the_hessian_but_has_its_damping(x64):
+    params, batch = network_problem(5)
+    matrix = dense_gauss_newtons(network_outputs, quartic, params, batch).mean(0)
+    got = jax.jit(ggn_vp(network_outputs, quartic, damping=0.5))(params, batch, params)
+    flat = oracles.flat(params)
+    assert oracles.relative_gap(oracles.flat(got), matrix @ flat + 0.5 * flat) < 1e-12
+    hessian = dense_hessians(lambda p, b: quartic(network_outputs(p, b), b), params, batch).mean(0)
+    assert oracles.relative_gap(matrix, hessian) > 0.1
+
+
+# --- rows left out -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [pytest.param(1, marks=pytest.mark.slow), 8])
+def test_each_vector_leaves_out_its_own_row(at_once, x64):
+    params, batch = network_problem(6)
+    rows = np.array([2, -1, 6, 2], np.int32)
+    vectors = jax.tree.map(
+        lambda leaf: np.random.default_rng(7).normal(size=(4, *np.shape(leaf))), params
+    )
+    weights = np.random.default_rng(8).uniform(0.5, 2.0, ROWS)
+    matrices = dense_hessians(network_loss, params, batch)
+    many = jax.jit(hvp_many(network_loss, damping=0.1, tangents_at_once=at_once, microbatch_size=4))
+    for num_rows in (None, 5):
+        got = rows_of(
+            many(params, batch, vectors, weights=weights, num_rows=num_rows, leave_out=rows)
+        )
+        for k, (row, vector) in enumerate(zip(rows, rows_of(vectors))):
+            kept = np.where((np.arange(ROWS) == row) & (row >= 0), 0, weights)
+            divisor = kept.sum() if num_rows is None else num_rows
+            want = np.tensordot(kept, matrices, 1) @ vector / divisor + 0.1 * vector
+            assert oracles.relative_gap(got[k], want) < 1e-11
+
+
+def test_one_row_left_out_is_a_weight_of_zero(x64):
+    params, batch, vector, weights = logistic_problem(10)
+    product = jax.jit(hvp(logistic_loss))
+    for row in (-1, 0, ROWS - 1):
+        got = product(params, batch, vector, weights=weights, leave_out=row)
+        without = np.where(np.arange(ROWS) == row, 0.0, weights)
+        want = product(params, batch, vector, weights=without)
+        assert np.array_equal(oracles.flat(got), oracles.flat(want))
+
+
+@pytest.mark.parametrize("leave_out", [ROWS, -2, np.array([0, 1, 2]), 0.5])
+def test_a_row_that_is_not_there_is_refused(leave_out):
+    params, batch, vector, _ = logistic_problem(11, np.float32)
+    vectors = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), vector)
+    with pytest.raises((ValueError, TypeError), match="Expected leave_out"):
+        hvp_many(logistic_loss)(params, batch, vectors, leave_out=leave_out)
+
+
+# --- rows that are not finite --------------------------------------------------------------------
+
+
+def root_loss(params, batch):
+    """Zero inputs have no gradient; inputs of 2 have no loss; both rows are finite."""
+    z = batch["x"] @ params["w"]
+    return jnp.mean(jnp.sqrt(z**2 + 0.0 * params["b"]) ** 3 + jnp.log(2.0 - batch["x"][:, 0]) * z)
+
+
+def root_problem():
+    rng = np.random.default_rng(12)
+    params = {"w": rng.uniform(0.5, 1.0, FEATURES), "b": np.float64(0.3)}
+    batch = {"x": rng.uniform(0.5, 1.5, size=(ROWS, FEATURES))}
+    batch["x"][1], batch["x"][4, 0], batch["x"][5] = 0.0, 2.0, np.nan
+    vectors = jax.tree.map(lambda leaf: rng.normal(size=(3, *np.shape(leaf))), params)
+    good = np.ones(ROWS)
+    good[[1, 4, 5]] = 0
+    return params, batch, vectors, good
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(None, 1), (2, 3)])
+def test_a_finite_row_without_a_finite_loss_or_gradient_contributes_zero(size, at_once, x64):
+    params, batch, vectors, good = root_problem()
+    options = {"microbatch_size": size, "tangents_at_once": at_once}
+    many = jax.jit(hvp_many(root_loss, **options))
+    clean = jax.tree.map(lambda leaf: leaf[good == 1], batch)
+    want = rows_of(vectors) @ dense_hessians(root_loss, params, clean).sum(0) / ROWS
+    assert oracles.relative_gap(rows_of(many(params, batch, vectors)), want) < 1e-12
+    alone = many(params, batch, vectors, weights=1 - good, num_rows=1)
+    assert not np.any(rows_of(alone))
+    whole = rows_of(many(params, batch, vectors, num_rows=ROWS))
+    left = rows_of(many(params, batch, vectors, num_rows=ROWS, leave_out=np.array([1, 4, 5])))
+    assert np.array_equal(left, whole)
+
+
+def test_gauss_newton_leaves_out_a_row_without_finite_outputs(x64):
+    params, batch, vectors, good = root_problem()
+    outputs = lambda p, b: jnp.sqrt(b["x"] @ p["w"]) + jnp.log(2.0 - b["x"][:, 0]) + p["b"]
+    square = lambda z, b: jnp.mean(z**2)
+    clean = jax.tree.map(lambda leaf: leaf[good == 1], batch)
+    want = dense_gauss_newtons(outputs, square, params, clean).sum(0) / ROWS
+    got = jax.jit(ggn_vp_many(outputs, square))(params, batch, vectors)
+    assert oracles.relative_gap(rows_of(got), rows_of(vectors) @ want) < 1e-12
+
+
+def test_a_vector_that_is_not_finite_is_not_hidden():
+    params, batch, vector, _ = logistic_problem(13, np.float32)
+    vector["b"] = np.float32(np.nan)
+    got = jax.jit(hvp(logistic_loss))(params, batch, vector)
+    assert np.all(np.isnan(oracles.flat(got)))
+
+
+def test_under_vmap_the_branch_for_bad_rows_stays_a_branch():
+    params, batch, vector, _ = logistic_problem(14, np.float32)
+    vectors = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), vector)
+    mapped = jax.vmap(lambda v: hvp(logistic_loss)(params, batch, v))
+    names = [eqn.primitive.name for eqn in jax.make_jaxpr(mapped)(vectors).jaxpr.eqns]
+    assert "cond" in names
+
+
+# --- precision, cost, compilation ----------------------------------------------------------------
+
+
+def test_half_precision_parameters_do_not_add_microbatches_up_in_half_precision():
+    rows = 512
+    loss_fn = lambda w, batch: jnp.mean(0.5 * batch * w**2)
+    batch = jnp.full((rows,), 1.0, jnp.bfloat16)
+    product = jax.jit(hvp(loss_fn, microbatch_size=1))
+    assert product(jnp.bfloat16(1), batch, jnp.bfloat16(1)) == 1.0
+
+
+def flops(function, *args):
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def test_products_cost_what_their_docstrings_say():
+    rng = np.random.default_rng(15)
+    sizes = (64, 96, 96, 8)
+    params = [rng.normal(size=s).astype(np.float32) for s in itertools.pairwise(sizes)]
+    batch = rng.normal(size=(64, 64)).astype(np.float32), np.zeros((64, 8), np.float32)
+
+    def outputs(p, b):
+        return jnp.tanh(jnp.tanh(b[0] @ p[0]) @ p[1]) @ p[2]
+
+    square = lambda z, b: jnp.mean(jnp.sum((z - b[1]) ** 2, -1))
+    loss = lambda p, b: square(outputs(p, b), b)
+    usual = lambda function: lambda *args: without_branches(function, *args)
+    gradient = flops(jax.grad(loss), params, batch)
+    assert flops(usual(hvp(loss)), params, batch, params) < 3.05 * gradient
+    assert flops(usual(ggn_vp(outputs, square)), params, batch, params) < 2.4 * gradient
+    vectors = [jax.tree.map(lambda leaf, k=k: np.stack([leaf] * k), params) for k in (2, 4)]
+    for make, bound in (
+        (lambda **o: hvp_many(loss, **o), 2.1),
+        (lambda **o: ggn_vp_many(outputs, square, **o), 1.75),
+    ):
+        two, four = (flops(usual(make(tangents_at_once=8)), params, batch, v) for v in vectors)
+        assert (four - two) / 2 < bound * gradient
+
+
+def without_branches(function, *args):
+    """`function` with every `cond` replaced by its branch for finite sums, for counting."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    values = {}
+    read = lambda atom: atom.val if hasattr(atom, "val") else values[atom]
+    values.update(zip(closed.jaxpr.constvars, closed.consts))
+    values.update(zip(closed.jaxpr.invars, jax.tree.leaves(args)))
+    for eqn in closed.jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name == "cond":
+            branch = eqn.params["branches"][0]
+            out = jax.core.eval_jaxpr(branch.jaxpr, branch.consts, *operands[1:])
+        else:
+            out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+            out = out if eqn.primitive.multiple_results else [out]
+        values.update(zip(eqn.outvars, out))
+    outputs = [read(atom) for atom in closed.jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+
+def test_a_second_call_compiles_nothing():
+    params, batch, vectors = grid_problem(1, np.float32)
+    many = jax.jit(hvp_many(grid_loss))
+    many(params, batch, vectors, leave_out=np.zeros(4, np.int32))
+    other = jax.tree.map(lambda leaf: leaf + 1, (params, batch, vectors))
+    many(*other, leave_out=np.ones(4, np.int32))
+    assert many._cache_size() == 1

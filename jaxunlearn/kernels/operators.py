@@ -1,0 +1,289 @@
+"""Curvature matrices as objects: `op @ v`, sums, multiples, damping. Pytrees that pass a `jit`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxunlearn import tree
+from jaxunlearn.kernels.fisher import Likelihood, empirical_fisher_vp_many, fisher_vp_many
+from jaxunlearn.kernels.products import ggn_vp_many, hvp_many
+from jaxunlearn.kernels.rowwise import num_rows_of
+from jaxunlearn.types import Batch, LossFn, Params
+
+
+class LinearOperator:
+    """A symmetric matrix on vectors shaped like the parameters, given by its products.
+
+    `op @ v` takes one vector, or a stack of them with a leading axis on every leaf, and is jitted:
+    parameters, batch and weights are its arguments, so operators on other data or at other
+    parameters of the same shapes compile nothing. `a + b`, `a - b`, `2.0 * a`, `-a` and
+    `a.damped(x)` are operators; `a.T` is `a`.
+
+    >>> matrix = hessian_operator(lambda w, x: jnp.mean(w @ w * x))(jnp.zeros(2), jnp.ones(3))
+    >>> matrix.damped(0.5) @ jnp.array([1.0, 2.0])
+    Array([2.5, 5. ], dtype=float32)
+    >>> matrix.shape
+    (2, 2)
+    """
+
+    @property
+    def domain(self) -> PyTree:
+        """Shapes and dtypes of a vector."""
+        raise NotImplementedError
+
+    def products(self, vectors: PyTree) -> PyTree:
+        """The products with a stack of vectors, traced where it is called."""
+        raise NotImplementedError
+
+    def __matmul__(self, vectors: PyTree) -> PyTree:
+        shapes = jax.tree.map(lambda leaf: leaf.shape, self.domain)
+        got = jax.tree.map(jnp.shape, vectors)
+        if got == shapes:
+            stacked = _product(self, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], vectors))
+            return jax.tree.map(lambda leaf: leaf[0], stacked)
+        structures: list[Any] = [jax.tree.structure(x) for x in (vectors, self.domain)]
+        same = structures[0] == structures[1]
+        if not same or jax.tree.map(lambda leaf: jnp.shape(leaf)[1:], vectors) != shapes:
+            raise ValueError(
+                f"Expected a vector of shapes {shapes}, or a stack of them, got {got}."
+            )
+        num_rows_of(vectors)
+        return _product(self, vectors)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P), P the number of parameters."""
+        return (tree.num_parameters(self.domain),) * 2
+
+    @property
+    def T(self) -> "LinearOperator":
+        """The transpose: the operator itself."""
+        return self
+
+    def to_dense(self) -> Float[Array, "p p"]:
+        """The matrix, in the order of `ravel_pytree`; for tests. Cost: P products, P^2 memory."""
+        units = jnp.eye(self.shape[0])
+        leaves, treedef = jax.tree.flatten(self.domain)
+        sizes = [tree.num_parameters(leaf) for leaf in leaves]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        basis = [
+            units[:, start : start + size].reshape(-1, *leaf.shape).astype(leaf.dtype)
+            for leaf, start, size in zip(leaves, starts, sizes)
+        ]
+        columns = jax.tree.leaves(self @ jax.tree.unflatten(treedef, basis))
+        return jnp.concatenate([leaf.reshape(len(units), -1) for leaf in columns], axis=1).T
+
+    def damped(self, damping: float | Float[Array, ""]) -> "LinearOperator":
+        """self + damping I."""
+        return Sum((self, Scaled(Identity.like(self.domain), damping)))
+
+    def __add__(self, other: "LinearOperator") -> "LinearOperator":
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, op.domain) for op in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"Expected operators on the same shapes, got {shapes}.")
+        return Sum((self, other))
+
+    def __mul__(self, scale: float | Float[Array, ""]) -> "LinearOperator":
+        if isinstance(scale, LinearOperator) or jnp.shape(scale) != ():
+            return NotImplemented
+        return Scaled(self, scale)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "LinearOperator":
+        return Scaled(self, -1.0)
+
+    def __sub__(self, other: "LinearOperator") -> "LinearOperator":
+        return self + (-other) if isinstance(other, LinearOperator) else NotImplemented
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "batch", "options"],
+    meta_fields=["many"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Curvature(LinearOperator):
+    """A curvature matrix at `params` over `batch`.
+
+    many: (params, batch, vectors, **options) -> products, as `hvp_many` returns.
+    options: weights, num_rows, keys, leave_out, sample_keys; those that are given.
+    """
+
+    params: Params
+    batch: Batch
+    options: dict[str, Any]
+    many: Callable[..., PyTree]
+
+    @property
+    def domain(self) -> PyTree:
+        return jax.eval_shape(lambda p: jax.tree.map(jnp.asarray, p), self.params)
+
+    def products(self, vectors: PyTree) -> PyTree:
+        return self.many(self.params, self.batch, vectors, **self.options)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=[], meta_fields=["leaves", "treedef"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Identity(LinearOperator):
+    """The identity on vectors of these (shape, dtype) leaves."""
+
+    leaves: tuple[tuple[tuple[int, ...], Any], ...]
+    treedef: Any
+
+    @classmethod
+    def like(cls, params: PyTree) -> "Identity":
+        """The identity on vectors like `params`."""
+        leaves, treedef = jax.tree.flatten(params)
+        return cls(tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves), treedef)
+
+    @property
+    def domain(self) -> PyTree:
+        return self.treedef.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in self.leaves])
+
+    def products(self, vectors: PyTree) -> PyTree:
+        return vectors
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["operator", "scale"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaled(LinearOperator):
+    """scale * operator."""
+
+    operator: LinearOperator
+    scale: float | Float[Array, ""]
+
+    @property
+    def domain(self) -> PyTree:
+        return self.operator.domain
+
+    def products(self, vectors: PyTree) -> PyTree:
+        products = self.operator.products(vectors)
+        return jax.tree.map(lambda leaf: (self.scale * leaf).astype(leaf.dtype), products)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["terms"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sum(LinearOperator):
+    """The sum of several operators."""
+
+    terms: tuple[LinearOperator, ...]
+
+    @property
+    def domain(self) -> PyTree:
+        return self.terms[0].domain
+
+    def products(self, vectors: PyTree) -> PyTree:
+        first, *rest = (term.products(vectors) for term in self.terms)
+        for more in rest:
+            first = jax.tree.map(lambda a, b: a + b.astype(a.dtype), first, more)
+        return first
+
+
+def hessian_operator(
+    loss_fn: LossFn, *, microbatch_size: int | None = None, tangents_at_once: int | None = None
+):
+    """The Hessian of a mean loss as an operator; arguments as `hvp_many`.
+
+    Returns:
+      A function (params, batch, **options) -> `LinearOperator`; options: weights, num_rows, keys,
+      leave_out, as `hvp` takes them.
+
+    Cost: as `hvp_many` in each `op @ v`.
+
+    >>> matrix = hessian_operator(lambda w, x: jnp.mean((x * w) ** 2))
+    >>> 2.0 * matrix(jnp.array(1.0), jnp.array([1.0, 3.0])) @ jnp.array(1.0)
+    Array(20., dtype=float32)
+    """
+    return _maker(hvp_many, (loss_fn,), microbatch_size, tangents_at_once)
+
+
+def ggn_operator(
+    outputs_fn: Callable[..., Any],
+    outputs_loss: Callable[[Any, Batch], Any],
+    *,
+    microbatch_size: int | None = None,
+    tangents_at_once: int | None = None,
+):
+    """The Gauss-Newton matrix as an operator; arguments as `ggn_vp_many`, the rest as above.
+
+    >>> matrix = ggn_operator(lambda w, x: w * x, lambda z, x: jnp.mean(z**2))
+    >>> matrix(jnp.array(1.0), jnp.array([1.0, 3.0])) @ jnp.array(1.0)
+    Array(10., dtype=float32)
+    """
+    return _maker(ggn_vp_many, (outputs_fn, outputs_loss), microbatch_size, tangents_at_once)
+
+
+def fisher_operator(
+    outputs_fn: Callable[..., Any],
+    likelihood: Likelihood,
+    *,
+    num_samples: int | None = None,
+    microbatch_size: int | None = None,
+    tangents_at_once: int | None = None,
+):
+    """The Fisher matrix as an operator; arguments as `fisher_vp_many`.
+
+    Make the likelihood once: one made anew is another function, and compiles again.
+
+    >>> from jaxunlearn.kernels import gaussian
+    >>> matrix = fisher_operator(lambda w, x: w * x, gaussian())
+    >>> matrix(jnp.array(1.0), jnp.array([1.0, 3.0])) @ jnp.array(1.0)
+    Array(5., dtype=float32)
+    """
+    make = _fisher_with(num_samples)
+    return _maker(make, (outputs_fn, likelihood), microbatch_size, tangents_at_once)
+
+
+def empirical_fisher_operator(
+    loss_fn: LossFn, *, microbatch_size: int | None = None, tangents_at_once: int | None = None
+):
+    """The empirical Fisher matrix as an operator; arguments as `empirical_fisher_vp_many`.
+
+    >>> matrix = empirical_fisher_operator(lambda w, x: jnp.mean(x * w))
+    >>> matrix(jnp.array(1.0), jnp.array([1.0, 3.0])) @ jnp.array(1.0)
+    Array(5., dtype=float32)
+    """
+    return _maker(empirical_fisher_vp_many, (loss_fn,), microbatch_size, tangents_at_once)
+
+
+@functools.lru_cache(maxsize=16)
+def _fisher_with(num_samples: int | None):
+    """`fisher_vp_many` with so many samples."""
+    return functools.partial(fisher_vp_many, num_samples=num_samples)
+
+
+def _maker(make, functions, microbatch_size, tangents_at_once):
+    """The function from operands to a `Curvature`."""
+    hashable = all(isinstance(function, Hashable) for function in functions)
+    build = _cached if hashable else _cached.__wrapped__
+    many = build(make, functions, microbatch_size, tangents_at_once)
+
+    def operator(params: Params, batch: Batch, **options: Any) -> LinearOperator:
+        given = {name: value for name, value in options.items() if value is not None}
+        return Curvature(params, batch, given, many)
+
+    return operator
+
+
+@functools.lru_cache(maxsize=256)
+def _cached(make, functions, microbatch_size, tangents_at_once):
+    """The same products for the same functions, so that a new operator compiles nothing."""
+    return make(*functions, microbatch_size=microbatch_size, tangents_at_once=tangents_at_once)
+
+
+@jax.jit
+def _product(operator: LinearOperator, vectors: PyTree) -> PyTree:
+    """The products, compiled once for each kind of operator and shapes."""
+    return operator.products(vectors)
