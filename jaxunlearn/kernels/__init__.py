@@ -7,13 +7,38 @@ from jaxunlearn.kernels.clipping import (
     clipped_grad,
 )
 from jaxunlearn.kernels.coupling import check_loss
+from jaxunlearn.kernels.estimators import (
+    Estimate,
+    hutch_pp_trace,
+    hutchinson_diagonal,
+    hutchinson_trace,
+)
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
+from jaxunlearn.kernels.fisher import (
+    Likelihood,
+    bernoulli,
+    categorical,
+    discrete,
+    empirical_fisher_vp,
+    empirical_fisher_vp_many,
+    fisher_vp,
+    fisher_vp_many,
+    gaussian,
+    poisson,
+)
 from jaxunlearn.kernels.gradients import GradientInfo, weighted_grad, weighted_loss
 from jaxunlearn.kernels.microbatches import microbatched
 from jaxunlearn.kernels.newton import RemovalFigures, feature_gram, newton_step, removal_figures
+from jaxunlearn.kernels.operators import (
+    LinearOperator,
+    empirical_fisher_operator,
+    fisher_operator,
+    ggn_operator,
+    hessian_operator,
+)
 from jaxunlearn.kernels.per_example import per_example
 from jaxunlearn.kernels.precision import check_float64, narrowings
-from jaxunlearn.kernels.products import hvp, hvp_many
+from jaxunlearn.kernels.products import ggn_vp, ggn_vp_many, hvp, hvp_many
 from jaxunlearn.kernels.rowwise import example_keys, row_losses, takes_key
 from jaxunlearn.kernels.solves import (
     NystromApproximation,
@@ -35,25 +60,45 @@ from jaxunlearn.kernels.solves import (
 __all__ = [
     "AuxiliaryOutput",
     "BoundedSensitivityCallable",
+    "Estimate",
     "GradientInfo",
+    "Likelihood",
+    "LinearOperator",
     "NystromApproximation",
     "PerExampleGradients",
     "RemovalFigures",
     "Solution",
     "Solver",
+    "bernoulli",
     "block_cg",
+    "categorical",
     "cg",
     "check_float64",
     "check_loss",
     "cholesky",
     "clipped_grad",
+    "discrete",
+    "empirical_fisher_operator",
+    "empirical_fisher_vp",
+    "empirical_fisher_vp_many",
     "example_keys",
     "feature_gram",
+    "fisher_operator",
+    "fisher_vp",
+    "fisher_vp_many",
+    "gaussian",
+    "ggn_operator",
+    "ggn_vp",
+    "ggn_vp_many",
+    "hessian_operator",
+    "hutch_pp_trace",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
     "hvp",
     "hvp_many",
     "jacobi",
-    "lissa",
     "lbfgs",
+    "lissa",
     "microbatched",
     "minres",
     "narrowings",
@@ -61,6 +106,7 @@ __all__ = [
     "newton_step",
     "nystrom",
     "per_example",
+    "poisson",
     "refined",
     "removal_figures",
     "row_losses",
