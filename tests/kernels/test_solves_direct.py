@@ -113,6 +113,7 @@ def measure(matrix, vector):
 # LiSSA
 
 
+@pytest.mark.slow
 def test_lissa_with_full_samples_is_the_series_and_repeats_reduce_its_noise(x64):
     matrix, rhs = system(1)
     exact = lissa(num_steps=6, step=0.1)(
@@ -257,6 +258,7 @@ def test_nystrom_never_exceeds_the_operator_and_has_orthonormal_vectors(seed, x6
     assert not bool(approximation.negative_curvature)
 
 
+@pytest.mark.slow
 def test_the_nystrom_preconditioner_makes_the_condition_number_small(x64):
     rng = np.random.default_rng(0)
     q, _ = np.linalg.qr(rng.normal(size=(60, 60)))
@@ -297,6 +299,7 @@ def test_nystrom_reports_what_it_cannot_approximate(x64):
         nothing.preconditioner(0.0)
 
 
+@pytest.mark.slow
 def test_nystrom_takes_pytrees_and_stacks_of_products():
     vector = {"a": jnp.zeros((2, 2)), "b": jnp.zeros(3)}
     scale = {"a": jnp.array([[5.0, 1.0], [0.0, 0.0]]), "b": jnp.array([2.0, 0.0, 0.0])}

@@ -165,6 +165,7 @@ def test_the_block_needs_one_step_for_each_block_of_unknowns(seed, x64):
     assert np.max(solution.num_iterations) <= SIZE // SIDES + 1  # one for rounding
 
 
+@pytest.mark.slow
 def test_the_block_saves_iterations_where_single_vectors_search_long(x64):
     rng = np.random.default_rng(0)
     values = np.concatenate([np.geomspace(1e-4, 1e-2, 6), np.linspace(0.5, 1.0, 42)])
@@ -177,6 +178,7 @@ def test_the_block_saves_iterations_where_single_vectors_search_long(x64):
     assert np.all(block.residual_norm <= 1.1e-8 * np.linalg.norm(rhs, axis=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [SOLVERS["cg"], SOLVERS["block_cg"], SOLVERS["minres"]])
 def test_single_precision_reaches_its_tolerance(solver):
     matrix, rhs = system(7)
