@@ -80,13 +80,14 @@ def measure(
 ) -> Cell:
     """Build, check and time every candidate of a cell. `references` holds arrays by kernel.
 
-    A peer of which two calls would exceed `patience` is a blank that says how long one takes.
+    A peer of which one call takes longer than twice `patience` is a blank that says how long.
     """
     functions, facts = {}, {}
+    slowest = max(2 * patience, 1.0)
     for candidate in candidates:
         needed = candidate.ours or candidate.name == cell.baseline
         try:
-            function, fact = _checked(candidate, references[candidate.kernel], patience)
+            function, fact = _checked(candidate, references[candidate.kernel], slowest, needed)
         except ImportError as error:
             cell.blanks[candidate.name] = f"not installed ({error.name})"
         except Unfit as error:
@@ -110,7 +111,7 @@ class Unfit(Exception):
     """A candidate that runs, and that is still not timed."""
 
 
-def _checked(candidate: Candidate, reference, patience: float):
+def _checked(candidate: Candidate, reference, slowest: float, needed: bool):
     """The function of a candidate and what is known of it before timing."""
     begun = time.perf_counter()
     function = candidate.build()
@@ -119,8 +120,8 @@ def _checked(candidate: Candidate, reference, patience: float):
     distance = disagreement(candidate.arrays(result), reference)
     if not distance <= MAX_DISAGREEMENT:
         raise Unfit(f"{candidate.name} disagrees by {distance:.1e}")
-    if first > 2 * patience and not candidate.ours and 2 * seconds(function) > patience:
-        raise Unfit(f"too slow to repeat: {seconds(function):.2g} s a call")
+    if not needed and first > slowest and (call := seconds(function)) > slowest:
+        raise Unfit(f"too slow to repeat: {call:.2g} s a call")
     return function, {
         "kernel": candidate.kernel,
         "framework": candidate.framework,

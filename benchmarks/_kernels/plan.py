@@ -43,7 +43,7 @@ PLAN = {
             *((CNN, size) for size in (16, 64, 256)),
             *((BLOCK, size) for size in (16, 64)),
         ),
-        ((LOGISTIC, 256), (MLP, 256), (CNN, 16), (BLOCK, 16)),
+        ((MLP, 256), (CNN, 16), (BLOCK, 16)),
         patience=1.2,
         quick_patience=0.4,
     ),
