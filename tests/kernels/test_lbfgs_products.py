@@ -42,6 +42,7 @@ def every_product(memory, vectors, gamma, damping):
     return {
         "H": {
             "one by one": each(lbfgs.inverse_product),
+            "compact": each(lbfgs.inverse_product, form="compact"),
             "two loops": each(lbfgs.inverse_product, form="two_loop"),
             "many": lbfgs.inverse_product_many(memory, vectors, **free),
             "many two loops": lbfgs.inverse_product_many(memory, vectors, form="two_loop"),
@@ -213,6 +214,13 @@ def test_an_apply_reads_each_pair_twice_and_nothing_else_of_its_size():
         assert compiled.memory_analysis().temp_size_in_bytes < 2 * 4 * 10_000
 
 
+@pytest.mark.parametrize(("dimension", "solves"), [(1024, 0), (1025, 2)])
+def test_few_numbers_take_two_loops_and_more_the_compact_form(dimension, solves):
+    memory = lbfgs.init(jnp.zeros(dimension), 4)
+    text = str(jax.make_jaxpr(lbfgs.inverse_product)(memory, jnp.zeros(dimension)))
+    assert text.count("triangular_solve[") == solves
+
+
 def test_kernels_lbfgs_is_the_one_address():
     assert kernels.lbfgs is lbfgs
 
@@ -324,3 +332,14 @@ def test_eigenvalue_range_equals_that_of_the_dense_matrices(dimension, count):
         values = np.linalg.eigvalsh(matrix)
         found = eigenvalue_range(memory, inverse=inverse)
         np.testing.assert_allclose(found, (values[0], values[-1]), rtol=2e-5)
+
+
+def test_long_vectors_are_multiplied_in_blocks_and_agree_with_one_by_one():
+    dimension = 4 * 8192 + 5
+    rng = np.random.default_rng(0)
+    steps = rng.normal(size=(2, dimension)).astype(np.float32)
+    memory = wide_memory(steps, steps * np.linspace(1, 2, dimension, dtype=np.float32), size=2)
+    vectors = rng.normal(size=(9, dimension)).astype(np.float32)
+    many = jax.jit(lbfgs.inverse_product_many)(memory, vectors)
+    one_by_one = np.stack([inverse_product(memory, v) for v in vectors])
+    assert oracles.relative_gap(many, one_by_one) < 1e-6

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 HIGHEST = lax.Precision.HIGHEST
+BLOCK = 8192  # floats of each row that are multiplied at a time on a CPU
 
 
 def check_like(pairs: PyTree, vector: PyTree, name: str, lead: int = 0) -> None:
@@ -73,15 +74,30 @@ def against_many(pairs: PyTree, vectors: PyTree) -> Float[Array, "m 2 r"]:
         keep = () if _on_one_cpu() else leaf.shape[2:]
         rows = leaf.reshape(2 * leaf.shape[0], *(keep or (-1,)))
         v = v.reshape(v.shape[0], *(keep or (-1,)))
-        axes = (tuple(range(1, v.ndim)),) * 2
-        # Nor is it fast with the much shorter stack on the left.
-        if v.shape[0] > 2 * rows.shape[0]:
-            products = contract(v, rows, axes).T
-        else:
-            products = contract(rows, v, axes)
-        return products.reshape(-1, 2, v.shape[0])
+        blocked = _on_one_cpu() and v.shape[0] >= 8 and v.shape[1] >= 4 * BLOCK
+        return (_blocked(rows, v) if blocked else _matmul(rows, v)).reshape(-1, 2, v.shape[0])
 
     return _add_up(jax.tree.map(dot, pairs, vectors))
+
+
+def _matmul(rows: Array, v: Array) -> Array:
+    """rows v', the much longer stack on the left: XLA on CPU is slow with it on the right."""
+    axes = (tuple(range(1, v.ndim)),) * 2
+    if v.shape[0] > 2 * rows.shape[0]:
+        return contract(v, rows, axes).T
+    return contract(rows, v, axes)
+
+
+def _blocked(rows: Array, v: Array) -> Array:
+    """The same, in blocks: XLA on CPU packs one operand whole, into memory fresh at each call."""
+
+    def add(i, total):
+        block = (lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, 1) for x in (rows, v))
+        return total + _matmul(*block)
+
+    whole = rows.shape[1] // BLOCK
+    rest = _matmul(rows[:, whole * BLOCK :], v[:, whole * BLOCK :])
+    return lax.fori_loop(0, whole, add, rest)
 
 
 def _on_one_cpu() -> bool:

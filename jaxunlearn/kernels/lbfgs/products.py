@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxunlearn import tree
 from jaxunlearn.kernels.lbfgs import _forms
 from jaxunlearn.kernels.lbfgs._trees import (
     against,
@@ -16,6 +17,8 @@ from jaxunlearn.kernels.lbfgs._trees import (
 )
 from jaxunlearn.kernels.lbfgs.state import LBFGSMemory
 from jaxunlearn.types import Params
+
+FEW_FLOATS = 8192  # numbers in the pairs below which two loops beat the small solves
 
 
 def inverse_product(
@@ -35,7 +38,9 @@ def inverse_product(
       vector: like the parameters, in any floating dtype.
       scale: gamma > 0; by default s'y / y'y of the newest pair, and 1 where there is none.
       damping: >= 0, added to the Hessian's diagonal; exact, through the compact B.
-      form: "compact", "two_loop" (no damping), or "auto", which is whichever was measured faster.
+      form: "compact", "two_loop" (no damping), or "auto": two loops where all pairs together hold
+        8192 numbers at most, compact elsewhere and for any damping. (One vector on a CPU: two loops
+        took 0.3 of the time of compact at m = 5, d = 20, and 1.2 at m = 20, d = 1000.)
 
     Returns:
       The product, like `vector`, in its dtypes; sums in the dtype of the pairs.
@@ -57,7 +62,8 @@ def inverse_product(
     """
     check_like(memory.pairs, vector, "vector")
     _check(form, "two_loop", damping)
-    if form == "two_loop":
+    tiny = tree.num_parameters(memory.pairs) <= FEW_FLOATS and _is_zero(damping)
+    if form == "two_loop" or (form == "auto" and tiny):
         return _like(_two_loop(memory, _wide(memory, vector), scale), vector)
     return _compact(memory, vector, _inverse, scale, damping)
 
@@ -72,7 +78,7 @@ def inverse_product_many(
 ) -> Params:
     """`inverse_product` for a stack of vectors: every leaf of `vectors` has a leading axis r.
 
-    Args, returns and references as `inverse_product`.
+    Args, returns and references as `inverse_product`; "auto" is compact.
 
     Cost: compact: 8 m r multiplications and additions a parameter, as two matrix products; the
       pairs are read twice for all r together. Two loops: those of one vector, r times.
