@@ -1,10 +1,11 @@
 """Sketches of per-example gradients: inner products with random directions, never held at once."""
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key
 
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
     from jaxunlearn.kernels.example_gradients import PerExampleGradients
 
 DISTRIBUTIONS = ("rademacher", "gaussian")
+STRUCTURES = ("full", "kronecker")
 
 _CHUNK_FLOATS = 1 << 22
 
 
-def check(key, num_directions: int, distribution: str) -> None:
+def check(key, num_directions: int, distribution: str, structure: str) -> None:
     """Refuse what would only fail deep inside."""
     if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key) or key.shape != ():
         raise ValueError("Expected one typed key: jax.random.key(seed).")
@@ -30,6 +32,8 @@ def check(key, num_directions: int, distribution: str) -> None:
         raise ValueError(f"Expected num_directions={num_directions} >= 1.")
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"Expected distribution in {DISTRIBUTIONS}, got {distribution!r}.")
+    if structure not in STRUCTURES:
+        raise ValueError(f"Expected structure in {STRUCTURES}, got {structure!r}.")
 
 
 def directions(
@@ -52,33 +56,78 @@ def directions(
     return jax.vmap(one)(first + jnp.arange(count, dtype=jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+def halves(
+    key: Key[Array, ""], first: Array, count: int, shape: tuple[int, ...], distribution: str
+) -> tuple[Float[Array, "count m"], Float[Array, "count n"]]:
+    """u and v of directions u v^T: over all axes but the last, and over the last."""
+    sizes = _stable.size_of(shape[:-1]), shape[-1]
+    u, v = (
+        directions(jax.random.fold_in(key, side), first, count, (size,), distribution)
+        for side, size in enumerate(sizes)
+    )
+    return u, v
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def project(
-    grads: "PerExampleGradients", key: Key[Array, ""], num_directions: int, distribution: str
+    grads: "PerExampleGradients",
+    key: Key[Array, ""],
+    num_directions: int,
+    distribution: str,
+    structure: str,
 ) -> Float[Array, "b k"]:
     """<g_i, r_j> / sqrt(k), leaf by leaf, a few directions at a time."""
     dtype = _stable.widened(grads.losses)
     total = jnp.zeros((grads.losses.shape[0], num_directions), dtype)
     for leaf, (factor, path) in enumerate(zip(grads.factors, grads.paths)):
+        structured = structure == "kronecker" and len(path.shape) > 1
         draw = functools.partial(
-            directions, jax.random.fold_in(key, leaf), shape=path.shape, distribution=distribution
+            halves if structured else directions,
+            jax.random.fold_in(key, leaf),
+            shape=path.shape,
+            distribution=distribution,
         )
-        sketch = _sketch(_loopable(factor, path.shape), draw, num_directions, path.shape)
+        sides = _sides(factor, path.shape) if structured else None
+        sketch = _sketch(_loopable(factor, path.shape), draw, num_directions, path.shape, sides)
         total += sketch.astype(dtype)
     return _stable.rows_where(grads.contributes, total / num_directions**0.5)
 
 
-def _sketch(factor: Factor, draw, num_directions: int, shape) -> Float[Array, "b k"]:
+def _sketch(factor: Factor, draw, num_directions: int, shape, sides: Any) -> Float[Array, "b k"]:
     """<g_i, r_j> of one leaf."""
     num_examples = factor.size.shape[0]
-    per_direction = max(1, _stable.size_of(shape), num_examples * factor.floats)
+    size = sum(sides[0].shape[-1:] + sides[1].shape[-1:]) if sides else _stable.size_of(shape)
+    per_direction = max(1, size, num_examples * factor.floats)
+
+    def products(first, count):
+        drawn = draw(first=first, count=count)
+        if not isinstance(drawn, tuple):
+            return _products(factor, drawn)
+        if sides:
+            u, v = (_stable.contract("btm,km->btk", x, own) for x, own in zip(sides, drawn))
+            return _stable.contract("btk,btk->kb", u, v)
+        return _products(factor, (drawn[0][:, :, None] * drawn[1][:, None]).reshape(-1, *shape))
+
     chunk = max(1, min(num_directions, _CHUNK_FLOATS // per_direction))
     if chunk == num_directions:
-        return _products(factor, draw(first=jnp.int32(0), count=chunk)).T
+        return products(jnp.int32(0), chunk).T
     num_chunks = -(-num_directions // chunk)
     firsts = jnp.arange(num_chunks, dtype=jnp.int32) * chunk
-    parts = lax.map(lambda first: _products(factor, draw(first=first, count=chunk)), firsts)
+    parts = lax.map(lambda first: products(first, chunk), firsts)
     return parts.reshape(num_chunks * chunk, num_examples)[:num_directions].T
+
+
+def _sides(factor: Factor, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
+    """The factors over all axes but the last, and over the last, where they are split there."""
+    if not isinstance(factor, Outer) or factor.left.shape[1] != 1 or len(shape) < 2:
+        return None
+    left, right = factor.left[:, 0], factor.right[:, 0]
+    places: Any = np.arange(_stable.size_of(shape))
+    packed = pack(places.reshape(shape), factor.steps)[0]
+    matrix = places.reshape(-1, shape[-1])
+    if np.array_equal(packed, matrix):
+        return left, right
+    return (right, left) if np.array_equal(packed, matrix.T) else None
 
 
 def _loopable(factor: Factor, shape: tuple[int, ...]) -> Factor:

@@ -303,6 +303,29 @@ def test_a_projection_is_the_product_with_directions_that_the_key_alone_decides(
     assert_near(few_rows, rows @ directions)
 
 
+def test_directions_of_rank_one_are_the_same_by_every_path_and_keep_inner_products():
+    key, k = jax.random.key(3), 4096
+    u, v = projection.halves(jax.random.fold_in(key, 0), 0, k, (9, 12), "rademacher")
+    directions = (np.float64(u)[:, :, None] * np.float64(v)[:, None]).reshape(k, -1) / np.sqrt(k)
+    outwards = lambda params, batch: linear(params.T, batch[::-1])
+    for num_tokens, loss in ((1, linear), (2, linear), (30, linear), (1, outwards)):
+        batch = (normal(1, 4, num_tokens, 9), normal(2, 4, num_tokens, 12))
+        rows = matrix(reference(loss, jnp.zeros((9, 12)), batch))
+        grads = kernels.per_example(loss)(jnp.zeros((9, 12)), batch)
+        sketch = np.float64(grads.project(key, k, structure="kronecker"))
+        assert_near(sketch, rows @ directions.T)
+        norms = np.linalg.norm(rows, axis=1)
+        gap = (sketch @ sketch.T - rows @ rows.T) / np.outer(norms, norms)
+        assert np.max(np.abs(gap)) < 5 * np.sqrt(8 / k)
+
+
+def test_directions_of_rank_one_are_cheap():
+    params, x = jnp.zeros((128, 128)), normal(0, 8, 128)
+    grads = kernels.per_example(lambda w, x: jnp.mean((x @ w - 1) ** 2))(params, x)
+    cheap = flops(lambda g: g.project(jax.random.key(0), 64, structure="kronecker"), grads)
+    assert cheap < flops(lambda g: g.project(jax.random.key(0), 64), grads) / 8
+
+
 def test_a_projection_in_chunks_is_the_projection(case, monkeypatch):
     grads, _, _ = case
     key = jax.random.key(0)
@@ -349,6 +372,8 @@ def test_a_projection_without_key_or_directions_is_refused(case, arguments, mess
         case[0].project(*arguments)
     with pytest.raises(ValueError, match="Expected distribution in"):
         case[0].project(jax.random.key(0), 2, distribution="cauchy")
+    with pytest.raises(ValueError, match="Expected structure in"):
+        case[0].project(jax.random.key(0), 2, structure="diagonal")
 
 
 # --- padding --------------------------------------------------------------------------------------
