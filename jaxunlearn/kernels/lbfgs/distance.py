@@ -36,8 +36,9 @@ def operator_distance(
       The distance, a scalar in the dtype of the inner products.
 
     Cost: 24 m^2 multiplications and additions a parameter and one pass over both memories, a third
-      one as workspace, and an eigenproblem of size 4 m. Rounding: a few units of the dtype times
-      ||H|| and the condition of the pairs. With 4 m parameters or fewer, the dense matrices.
+      one as workspace, and an eigenproblem of size 4 m. Rounding grows with the condition of the
+      pairs: in float32, of 150 random memories, 2e-6 at the median and 4e-4 at worst; use float64
+      where that is too much. With 4 m parameters or fewer, the dense matrices.
 
     References: Byrd, Nocedal and Schnabel 1994, equations (3.1) and (3.5).
 
