@@ -55,7 +55,7 @@ PLAN = {
     "compile": Section(section_programs.compiling, PROGRAMS, PROGRAMS[:1]),
     "memory": Section(
         section_programs.memory,
-        ((LOGISTIC, 1024), (MLP, 1024), (CNN, 64), (BLOCK, 64)),
+        ((LOGISTIC, 1024), (MLP, 256), (MLP, 1024), (CNN, 64), (BLOCK, 64)),
         ((MLP, 256), (BLOCK, 16)),
     ),
 }
