@@ -11,7 +11,6 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from jaxunlearn.kernels import _stable
-from jaxunlearn.kernels.factors import without_rows
 from jaxunlearn.types import Params
 
 if TYPE_CHECKING:
@@ -73,8 +72,11 @@ def weighted_sum(grads: "PerExampleGradients", weights: tuple | None, groups: Gr
         every = grads.is_clean
     usual = _leaf_sums(grads.factors, weights, groups)
 
-    leaf_sums = functools.partial(_leaf_sums, groups=groups)
-    leaves = without_rows(usual, every, grads.contributes, grads.factors, weights, leaf_sums)
+    def masked(factors):
+        kept = tuple(factor.kept(grads.contributes) for factor in factors)
+        return _leaf_sums(kept, weights, groups)
+
+    leaves = lax.cond(every, lambda _: usual, masked, grads.factors)
     dtypes = [dtype or own for own in grads.dtypes]
     return jax.tree.unflatten(grads.treedef, [x.astype(d) for x, d in zip(leaves, dtypes)])
 
