@@ -425,6 +425,11 @@ def test_a_row_that_is_padding_and_one_that_is_not_finite_are_told_apart():
     assert np.array_equal(grads.is_finite, np.arange(NUM_ROWS) != 2)
     assert np.array_equal(grads.contributes, np.isin(np.arange(NUM_ROWS), [1, 2], invert=True))
     assert int(grads.num_non_finite) == 1
+    rows = matrix(reference(loss_fn, params, (tokens[3:], targets[3:])))
+    first = matrix(reference(loss_fn, params, (tokens[:1], targets[:1])))
+    assert_near(flat(grads.sum()), rows.sum(0) + first[0])
+    undeclared = kernels.per_example(loss_fn)(params, (tokens, targets))
+    assert_near(flat(undeclared.sum()), rows.sum(0) + first[0])
 
 
 @pytest.mark.parametrize(
