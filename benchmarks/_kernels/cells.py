@@ -80,10 +80,11 @@ def measure(
 ) -> Cell:
     """Build, check and time every candidate of a cell. `references` holds arrays by kernel.
 
-    A peer of which one call takes longer than twice `patience` is a blank that says how long.
+    A peer of which one call takes longer than `patience`, or than a second if that is more, is a
+    blank that says how long.
     """
     functions, facts = {}, {}
-    slowest = max(2 * patience, 1.0)
+    slowest = max(patience, 1.0)
     for candidate in candidates:
         needed = candidate.ours or candidate.name == cell.baseline
         try:

@@ -91,8 +91,7 @@ def compare(
     if baseline not in candidates:
         raise ValueError(f"Expected baseline={baseline!r} to be one of {', '.join(candidates)}.")
     compile_seconds = {name: seconds(candidate) for name, candidate in candidates.items()}
-    # Twice more: the first call also touches fresh memory, and one may meet a busy machine.
-    usual = {name: max(min(seconds(c), seconds(c)), 1e-7) for name, c in candidates.items()}
+    usual = {name: _usual_seconds(candidate) for name, candidate in candidates.items()}
     calls = {name: max(1, math.ceil(sample_seconds / usual[name])) for name in candidates}
     rounds = {name: int(min(repeats, max(FEWEST, patience / usual[name]))) for name in candidates}
     rounds |= dict.fromkeys({baseline, *always} & set(candidates), repeats)
@@ -119,6 +118,12 @@ def compare(
             "seconds": raw,
         }
     return results
+
+
+def _usual_seconds(candidate: Candidate) -> float:
+    """About what a call takes that is not the first; a short one may have met a busy machine."""
+    once = seconds(candidate)
+    return max(once if once > 10 * _SHORT else min(once, seconds(candidate)), 1e-7)
 
 
 def ratio_of(numerator: Sequence[float | None], denominator: Sequence[float | None]) -> Ratio:
