@@ -313,6 +313,7 @@ def adversarial(rng, clip):
     x[3, 1], g[3, 1] = x[3, 0] * (1 + 1e-6 * rng.normal(size=16)), -g[3, 0]
     x[3] *= 1e8
     x[0] *= clip / np.linalg.norm(x[0].T @ g[0])
+    x[4] *= clip * (1 + 1e-6) / np.linalg.norm(x[4].T @ g[4])
     x, g = np.concatenate([x, x]), np.concatenate([g, -g])
     return jnp.asarray(x, jnp.float32), jnp.asarray(g, jnp.float32)
 
