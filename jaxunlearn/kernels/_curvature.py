@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from jaxunlearn.kernels import _cpu
+from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
 from jaxunlearn.kernels.rowwise import (
     as_weights,
     check_rows,
@@ -127,10 +128,15 @@ def driven(summed: Callable, options: Options) -> Callable[..., Params]:
         num_all = num_rows_of(batch)
         weights = jnp.ones((num_all,)) if weights is None else as_weights(weights)
         check_rows(batch, weights, keys)
+        _check_left_out(leave_out, num_all, vectors)
         params = jax.tree.map(jnp.asarray, params)
         vectors = jax.tree.map(lambda v, p: jnp.asarray(v, p.dtype), vectors, params)
+        operands = params, batch, vectors, weights, num_rows, keys, leave_out
+        return in_automatic_axes(placed, *operands, specs=lambda: specs_of(vectors))
+
+    def placed(params, batch, vectors, weights, num_rows, keys, leave_out):
         params, vectors = local_params((params, vectors), (batch, weights, keys))
-        weights, rows = _without(weights, leave_out, vectors)
+        weights, rows = _without(weights, leave_out)
         count = jnp.sum(weights) if num_rows is None else jnp.asarray(num_rows, weights.dtype)
         operands = params, batch, weights, keys
         with jax.default_matmul_precision("highest"):
@@ -205,25 +211,32 @@ def _wide(tree):
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
-def _without(weights, leave_out, vectors):
+def _without(weights, leave_out):
     """Weights with one row at zero, or the row ids (k,) that the tangents leave out."""
     if leave_out is None:
         return weights, None
+    rows = jnp.asarray(leave_out)
+    if rows.ndim == 0:
+        kept = (jnp.arange(len(weights)) != rows) | (rows < 0)
+        return jnp.where(kept, weights, 0), None
+    return weights, rows
+
+
+def _check_left_out(leave_out, num_rows: int, vectors) -> None:
+    """Refuse rows that are none, where the numbers can be seen, and another shape."""
+    if leave_out is None:
+        return
     concrete = _concrete(leave_out)
     rows = jnp.asarray(leave_out)
     if not jnp.issubdtype(rows.dtype, jnp.integer):
         raise TypeError(f"Expected leave_out of integers, got {rows.dtype}.")
-    if concrete is not None and not np.all((concrete >= -1) & (concrete < len(weights))):
-        raise ValueError(f"Expected leave_out in -1..{len(weights) - 1}, got {leave_out}.")
-    if rows.ndim == 0:
-        kept = (jnp.arange(len(weights)) != rows) | (rows < 0)
-        return jnp.where(kept, weights, 0), None
+    if concrete is not None and not np.all((concrete >= -1) & (concrete < num_rows)):
+        raise ValueError(f"Expected leave_out in -1..{num_rows - 1}, got {leave_out}.")
     num_tangents = num_rows_of(vectors)
-    if rows.shape != (num_tangents,):
+    if rows.ndim and rows.shape != (num_tangents,):
         raise ValueError(
             f"Expected leave_out to be one row or of shape ({num_tangents},), got {rows.shape}."
         )
-    return weights, rows
 
 
 def _concrete(value) -> np.ndarray | None:
