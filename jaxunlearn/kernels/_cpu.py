@@ -9,6 +9,9 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxunlearn.kernels._primitives import contains
+
+CONVOLUTION = "conv_general_dilated"
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 
 
@@ -54,25 +57,7 @@ def on_cpu() -> bool:
 
 def has_convolution(function: Callable[..., Any], *args: Any) -> bool:
     """Whether tracing `function(*args)` meets a convolution, those of inner jaxprs included."""
-    return _convolves(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _convolves(jaxpr) -> bool:
-    """Whether a jaxpr holds a convolution."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            return True
-        if any(_convolves(inner) for value in eqn.params.values() for inner in _jaxprs(value)):
-            return True
-    return False
-
-
-def _jaxprs(value: Any) -> list[Any]:
-    """The jaxprs in a parameter of an equation."""
-    if isinstance(value, tuple | list):
-        return [inner for item in value for inner in _jaxprs(item)]
-    value = getattr(value, "jaxpr", value)
-    return [value] if hasattr(value, "eqns") else []
+    return contains(jax.make_jaxpr(function)(*args), CONVOLUTION)
 
 
 def _evaluate(function, leaves: list[Any], varies: bool):
@@ -106,7 +91,7 @@ def _step(eqn, operands: list[tuple[Any, bool]]) -> list[tuple[Any, bool]]:
     params = {key: _rewritten_bodies(value) for key, value in params.items()}
     bind = eqn.primitive.bind
     with eqn.ctx.manager:
-        if name == "conv_general_dilated":
+        if name == CONVOLUTION:
             out = _convolution(bind, args, params)
         elif name == "dot_general" and varying == [True, False]:
             out = _product(bind, args, params)
@@ -120,7 +105,7 @@ def _rewritten_bodies(value: Any) -> Any:
     """A parameter of an equation, with its bodies of loops and its branches rewritten."""
     if isinstance(value, tuple) and any(map(_is_closed, value)):
         return tuple(map(_rewritten_bodies, value))
-    if not _is_closed(value) or not _convolves(value.jaxpr):
+    if not _is_closed(value) or not contains(value, CONVOLUTION):
         return value
 
     def body(*args):

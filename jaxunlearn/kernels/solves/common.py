@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxunlearn import tree
 from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels._primitives import contains
 
 LOOPS = ("auto", "device", "host", "unrolled")
 
@@ -48,14 +49,21 @@ class Space(NamedTuple):
         """<a, b>, one for each vector, accumulated in float32 or wider."""
         if not self.many:
             return tree.vdot(a, b)
-        dots = jax.tree.map(lambda x, y: _stable.contract("kn,kn->k", _rows(x), _rows(y)), a, b)
-        return sum(jax.tree.leaves(dots), start=jnp.zeros((), jnp.float32))
+
+        def dots(x, y):
+            if not jax.typeof(x).sharding.mesh.empty:  # no reshape of an axis that may be sharded
+                return jnp.sum(_widen(x) * _widen(y), axis=tuple(range(1, jnp.ndim(x))))
+            return _stable.contract("kn,kn->k", _rows(x), _rows(y))
+
+        leaves = jax.tree.leaves(jax.tree.map(dots, a, b))
+        return sum(leaves, start=jnp.zeros((), jnp.float32))
 
     def peak(self, a: PyTree) -> Array:
         """The largest magnitude, one for each vector."""
-        flat = _rows if self.many else jnp.ravel
-        leaves = [flat(leaf) for leaf in jax.tree.leaves(a)]
-        peaks = [jnp.max(jnp.abs(leaf), axis=-1, initial=0) for leaf in leaves]
+        axes = lambda leaf: tuple(range(int(self.many), jnp.ndim(leaf)))
+        peaks = [
+            jnp.max(jnp.abs(leaf), axis=axes(leaf), initial=0) for leaf in jax.tree.leaves(a)
+        ]
         wide = _stable.widened(*peaks) if peaks else jnp.float32
         return (
             jnp.max(jnp.stack([p.astype(wide) for p in peaks]), axis=0) if peaks else jnp.zeros(())
@@ -235,20 +243,7 @@ def _host_is_faster(proceed, state, matvec, probe) -> bool:
         bool(proceed(state))
     except jax.errors.ConcretizationTypeError:
         return False
-    return _convolves(jax.make_jaxpr(matvec)(probe).jaxpr)
-
-
-def _convolves(jaxpr: Any) -> bool:
-    """Whether a convolution stands in `jaxpr`, inner ones included."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            return True
-        for value in eqn.params.values():
-            for item in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(item, "jaxpr", item)
-                if hasattr(inner, "eqns") and _convolves(inner):
-                    return True
-    return False
+    return contains(jax.make_jaxpr(matvec)(probe), "conv_general_dilated")
 
 
 def _rows(x: Array) -> Array:
