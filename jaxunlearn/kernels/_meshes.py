@@ -1,4 +1,4 @@
-"""Meshes whose axes are explicit: inside a kernel the partitioner is left to place what is computed.
+"""Meshes whose axes are explicit: inside a kernel the partitioner places what is computed.
 
 With explicit axes JAX asks every contraction, gather and reshape of a sharded axis where its result
 is to live. A kernel's own steps, and the loss it differentiates, are not written that way; what it
@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 
 def specs_of(tree: PyTree) -> PyTree:
-    """Where each leaf lives: a tree of `PartitionSpec`, to ask for a result that lives there too."""
+    """Where each leaf lives, as `PartitionSpec`: to ask for a result that lives there too."""
     return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
 
 

@@ -1,6 +1,6 @@
 """Gradients of weighted sums of per-example losses: what training and deletion share."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +76,8 @@ def weighted_grad(loss_fn: LossFn, *, has_info: bool = False):
         keys: Key[Array, "b"] | None = None,
     ):
         check_rows(batch, weights, keys)
-        everywhere = GradientInfo(PartitionSpec(), PartitionSpec())
-        like_params = lambda: (specs_of(params), everywhere)
+        everywhere: Any = PartitionSpec()
+        like_params = lambda: (specs_of(params), GradientInfo(everywhere, everywhere))
         operands = (params, batch, weights, num_rows, keys)
         grads, info = in_automatic_axes(gradient_and_info, *operands, specs=like_params)
         return (grads, info) if has_info else grads

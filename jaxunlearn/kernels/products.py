@@ -14,7 +14,7 @@ from jaxunlearn.kernels._splits import (
     usable_rows,
     weighted_total,
 )
-from jaxunlearn.kernels.rowwise import row_losses
+from jaxunlearn.kernels.rowwise import num_rows_of, row_losses, widened
 from jaxunlearn.types import Batch, LossFn
 
 
@@ -91,8 +91,14 @@ def hvp_many(
 
         return jax.linearize(jax.grad(total), params)[1]
 
+    def whole(params, batch):
+        def total(p):
+            return widened(loss_fn(p, batch)) * num_rows_of(batch)
+
+        return jax.linearize(jax.grad(total), params)[1]
+
     options = Options(damping, microbatch_size, tangents_at_once)
-    return products(maps, usable_rows(loss_fn), options)
+    return products(maps, usable_rows(loss_fn), options, whole)
 
 
 def ggn_vp(
@@ -158,5 +164,14 @@ def ggn_vp_many(
         curvature = jax.linearize(jax.grad(total), outputs)[1]
         return sandwiched(jacobian, curvature, params)
 
+    def whole(params, batch):
+        outputs, jacobian = jax.linearize(lambda p: outputs_fn(p, batch), params)
+
+        def total(z):
+            return widened(outputs_loss(z, batch)) * num_rows_of(batch)
+
+        curvature = jax.linearize(jax.grad(total), outputs)[1]
+        return sandwiched(jacobian, curvature, params)
+
     options = Options(damping, microbatch_size, tangents_at_once)
-    return products(maps, usable_rows(split_loss(outputs_fn, outputs_loss)), options)
+    return products(maps, usable_rows(split_loss(outputs_fn, outputs_loss)), options, whole)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-from jaxunlearn.kernels import _cpu, example_keys, ggn_vp, ggn_vp_many, hvp, hvp_many
+from jaxunlearn.kernels import _primitives, example_keys, ggn_vp, ggn_vp_many, hvp, hvp_many
 from tests import oracles
 
 ROWS, FEATURES = 7, 4
@@ -299,7 +299,7 @@ def convolution_layouts(jaxpr):
         if eqn.primitive.name == "conv_general_dilated":
             yield tuple(eqn.params["dimension_numbers"])
         for value in eqn.params.values():
-            for inner in _cpu._jaxprs(value):
+            for inner in _primitives.jaxprs_in(value):
                 yield from convolution_layouts(inner)
 
 
