@@ -79,7 +79,7 @@ def vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
 
     def leaf_dot(x, y):
         wide = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
-        if not jax.typeof(x).sharding.mesh.empty:  # axes may be explicit: no reshape, no contraction
+        if not jax.typeof(x).sharding.mesh.empty:  # explicit axes: no reshape, no contraction
             return jnp.sum(jnp.asarray(x, wide) * jnp.asarray(y, wide))
         x, y = jnp.ravel(x).astype(wide), jnp.ravel(y).astype(wide)
         return jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST)
