@@ -37,7 +37,7 @@ def _reshaped(node: Node, trail: Trail, batch_axis: int) -> Found:
 @rule("reduce_precision", "optimization_barrier", "pvary", "pcast", moves=True)
 def _same(node: Node, trail: Trail):
     """The value passes through."""
-    if len(node.operands) != 1:  # a barrier of several values
+    if node.call is not None and len(node.operands) != 1:  # a barrier of several values
         operands = dict(zip(node.call.outputs, node.operands))
         return walk(operands[node], trail)
     return moved(node, trail, trail.batch_axis)
@@ -145,10 +145,10 @@ def _scaled(node: Node, trail: Trail):
         operands, factor = operands[::-1], _scalar(operands[0])
     else:
         factor = _scalar(operands[1])
-        if factor is None:
-            return None
-        if node.primitive == "div":
-            factor = derive(lambda x: 1 / x, factor)
+    if factor is None:
+        return None
+    if node.primitive == "div":
+        factor = derive(lambda x: 1 / x, factor)
     if trail.scale is not None:
         factor = derive(lambda x, y: x * y, trail.scale, factor)
     return walk(operands[0], dataclasses.replace(trail, scale=factor))
@@ -165,11 +165,13 @@ def _add(node: Node, trail: Trail):
     pairs = [(op, t) for op, t in zip(node.operands, (trail, second)) if not is_zero(op)]
     if any(op.shape != node.shape for op, _ in pairs):
         return None
-    found = [walk(op, t) for op, t in pairs]
-    reasons = [form for form in found if isinstance(form, str)]
-    if reasons or not found:
-        return reasons[0] if reasons else None
-    return merged(found, final_shape(node, trail))
+    forms: list[Form] = []
+    for operand, way in pairs:
+        found = walk(operand, way)
+        if isinstance(found, str):
+            return found
+        forms.append(found)
+    return merged(forms, final_shape(node, trail)) if forms else None
 
 
 def final_shape(node: Node, trail: Trail) -> tuple[int, ...]:

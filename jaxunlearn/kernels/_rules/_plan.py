@@ -73,8 +73,8 @@ def _plan(node: Node) -> tuple[Form, str, str]:
         dense = Form(Dense, (node,))
         if len(shape) <= 1:
             return dense, "vector", "no smaller factor"
-        if found == VECTORS:
-            return dense, "vector", VECTORS
+        if found == VECTORS or found == "reduce_sum":
+            return dense, "vector", VECTORS if found == VECTORS else "added to every token"
         return dense, "materialised", f"no rule for {found}"
     if found.kind is Shared:
         return found, "shared", "the same for every row"

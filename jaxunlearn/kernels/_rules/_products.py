@@ -15,7 +15,8 @@ def _dot_general(node: Node, trail: Trail):
     contracted, batched = node.params["dimension_numbers"]
     position = trail.batch_axis
     if position >= len(batched[0]):
-        return _through_constant(node, trail)
+        found = _through_constant(node, trail)
+        return _with_constant(node, trail) if found is None else found
 
     def canonical(operand: Node, batch, contract_axes):
         ndim = len(operand.shape)
@@ -64,7 +65,7 @@ def _through_constant(node: Node, trail: Trail):
     found = walk(inner, Trail(batch_axis))
     if isinstance(found, str) or found.kind is not Outer:
         return found if isinstance(found, str) else None
-    axes = _matrix_axes(found.static[0], tuple(n.shape[-1] for n in found.nodes))
+    axes = _matrix_axes(found.static[0], (found.nodes[0].shape[-1], found.nodes[1].shape[-1]))
     if axes is None or found.nodes[0].shape[1] != 1:
         return None
     position = contracted[side][0] - (contracted[side][0] > batch_axis)
@@ -80,6 +81,27 @@ def _through_constant(node: Node, trail: Trail):
     # The output has the constant's axis last (side 0) or first; the other factor's is the other.
     first, second = (nodes[1 - hit], nodes[hit]) if side == 0 else (nodes[hit], nodes[1 - hit])
     return outer(first, second, ((), first.shape[-1:], second.shape[-1:]), trail)
+
+
+def _with_constant(node: Node, trail: Trail):
+    """An outer product with something that all examples share: the first state of a recurrence."""
+    contracted, batched = node.params["dimension_numbers"]
+    lengths = [node.operands[0].shape[axis] for axis in contracted[0]]
+    shapes = [operand.shape for operand in node.operands]
+    side = 0 if node.operands[0].varies else 1
+    if node.operands[1 - side].varies or batched[0] or size_of(tuple(lengths)) != 1:
+        return None
+    free = [[a for a in range(len(s)) if a not in c] for s, c in zip(shapes, contracted)]
+    places = [(k, axis) for k in (0, 1) for axis in free[k]]
+    which, axis = places[trail.batch_axis]
+    if which != side:
+        return None
+    num_examples = node.shape[trail.batch_axis]
+    frees = [tuple(shapes[k][a] for a in free[k] if (k, a) != (which, axis)) for k in (0, 1)]
+    row = lambda x: jnp.moveaxis(x, axis, 0).reshape(num_examples, 1, 1, -1)
+    every = lambda x: jnp.broadcast_to(x.reshape(1, 1, 1, -1), (num_examples, 1, 1, x.size))
+    nodes = [derive(row if k == side else every, node.operands[k]) for k in (0, 1)]
+    return outer(nodes[0], nodes[1], ((), *frees), trail)
 
 
 def _matrix_axes(steps: Steps, lengths: tuple[int, int]) -> tuple[int, int] | None:

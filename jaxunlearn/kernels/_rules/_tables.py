@@ -49,7 +49,7 @@ def _scatter_add(node: Node, trail: Trail):
         return index.reshape(num_examples, -1, len(lengths))
 
     def flat(index):
-        total = 0
+        total = jnp.zeros((), jnp.int32)
         for k, length in enumerate(lengths):
             total = total * length + jnp.clip(ids_of(index)[..., k], 0, length - 1)
         return total.astype(jnp.int32)

@@ -69,7 +69,7 @@ class Form:
     The nodes have the example axis first. A sum has parts in place of nodes.
     """
 
-    kind: type
+    kind: Any
     nodes: tuple[Node, ...] = ()
     static: tuple[Any, ...] = ()
     parts: tuple["Form", ...] = ()

@@ -1,9 +1,10 @@
 """Per-example gradients of one parameter, kept as the factors they are made of.
 
-Every class here is a registered pytree with the same nine members; a new kind of leaf is a new
+Every class here is a registered pytree with the same ten members; a new kind of leaf is a new
 class with these and a rule in `_rules` that builds it.
 
     size           (B,)  an upper bound on each norm, finite exactly where the row is usable
+    part(start, count)   the same of some rows
     kept(mask)           the same, with zeros in the rows where `mask` is false
     norms()        (B,), (B,)  each norm, and an upper bound on what it is in exact arithmetic
     sum(weights)         sum_i w_i g_i, shaped like the parameter
@@ -17,6 +18,7 @@ class with these and a rule in `_rules` that builds it.
 from jaxunlearn.kernels.factors._conv import Conv, Geometry
 from jaxunlearn.kernels.factors._dense import Dense, Placed, Shared
 from jaxunlearn.kernels.factors._lookup import Lookup
+from jaxunlearn.kernels.factors._masked import cleaned
 from jaxunlearn.kernels.factors._outer import Outer, gram_is_cheaper, gram_is_tight
 from jaxunlearn.kernels.factors._protocol import LOOSE, Factor, Steps, gram_by_rows, pack, unpack
 from jaxunlearn.kernels.factors._sum import Sum
@@ -33,6 +35,7 @@ __all__ = [
     "Shared",
     "Steps",
     "Sum",
+    "cleaned",
     "gram_by_rows",
     "gram_is_cheaper",
     "gram_is_tight",

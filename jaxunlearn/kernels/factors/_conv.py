@@ -18,6 +18,7 @@ from jaxunlearn.kernels.factors._protocol import (
     Steps,
     gram_by_rows,
     pack,
+    take_rows,
     unpack,
     weighted,
 )
@@ -108,6 +109,9 @@ class Conv:
         size = _stable.scale_by(self.size, exponents)
         return dataclasses.replace(self, left=left, right=right, size=size)
 
+    def part(self, start: Array, count: int) -> "Conv":
+        return take_rows(self, start, count)
+
     def kept(self, mask: Array) -> "Conv":
         left, right, size = (
             _stable.rows_where(mask, x) for x in (self.left, self.right, self.size)
@@ -191,8 +195,8 @@ class Conv:
         *outer, last = range(len(outputs))
         for first in range(0, geometry.taps[-1], width):
             near = range(first, min(first + width, geometry.taps[-1]))
-            columns = [at(padded, (k,), (last,)) for k in near]
-            columns = columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
+            parts = [at(padded, (k,), (last,)) for k in near]
+            columns = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
             for tap in itertools.product(*(range(geometry.taps[dim]) for dim in outer)):
                 part = at(columns, tap, outer)
                 yield part.reshape(part.shape[0], self.num_tokens, *part.shape[-2:])
@@ -266,16 +270,13 @@ class Conv:
         return functools.reduce(jnp.add, parts)
 
     def row(self, i: Array) -> Array:
-        one = lambda x: lax.dynamic_slice_in_dim(x, i, 1)
-        alone = dataclasses.replace(
-            self, left=one(self.left), right=one(self.right), size=one(self.size)
-        )
-        return alone.materialize()[0]
+        return self.part(i, 1).materialize()[0]
 
     def gram(self, other: Factor | None = None) -> Array:
         other = self if other is None else other
-        like = isinstance(other, Conv) and other.steps == self.steps
-        if not like or other.geometry.taps != self.geometry.taps:
+        if not isinstance(other, Conv) or other.steps != self.steps:
+            return gram_by_rows(self, other)
+        if other.geometry.taps != self.geometry.taps:
             return gram_by_rows(self, other)
         parts = zip(self._products(), other._products())
         flat = ((x.reshape(x.shape[0], -1) for x in pair) for pair in parts)

@@ -5,11 +5,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._stable import contract, size_of
-from jaxunlearn.kernels.factors._protocol import Factor, Steps, gram_by_rows, pack, unpack, weighted
+from jaxunlearn.kernels.factors._protocol import (
+    Factor,
+    Steps,
+    gram_by_rows,
+    pack,
+    take_rows,
+    unpack,
+    weighted,
+)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value", "size"], meta_fields=[])
@@ -38,6 +47,9 @@ class Dense:
         """Times 2^e: (B,) exponents."""
         value = _stable.scale_by(self.rows.astype(self.size.dtype), exponents[:, None])
         return Dense(value.reshape(self.value.shape), _stable.scale_by(self.size, exponents))
+
+    def part(self, start: Array, count: int) -> "Dense":
+        return take_rows(self, start, count)
 
     def kept(self, mask: Array) -> "Dense":
         return Dense(_stable.rows_where(mask, self.value), _stable.rows_where(mask, self.size))
@@ -102,6 +114,10 @@ class Shared:
         size = _stable.scale_by(self.size, exponents)
         return Shared(_stable.scale_by(value, -top), rows, size)
 
+    def part(self, start: Array, count: int) -> "Shared":
+        rows, size = (lax.dynamic_slice_in_dim(x, start, count) for x in (self.rows, self.size))
+        return Shared(self.value, rows, size)
+
     def kept(self, mask: Array) -> "Shared":
         usable = jnp.where(jnp.any(mask), self.value, jnp.zeros((), self.value.dtype))
         return Shared(usable, *(_stable.rows_where(mask, x) for x in (self.rows, self.size)))
@@ -156,6 +172,9 @@ class Placed:
     def scaled(self, exponents: Array) -> "Placed":
         """Times 2^e: (B,) exponents."""
         return Placed(self.inner.scaled(exponents), self.steps)
+
+    def part(self, start: Array, count: int) -> "Placed":
+        return Placed(self.inner.part(start, count), self.steps)
 
     def kept(self, mask: Array) -> "Placed":
         return Placed(self.inner.kept(mask), self.steps)

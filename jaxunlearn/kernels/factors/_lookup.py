@@ -9,7 +9,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._stable import contract, unit_roundoff
-from jaxunlearn.kernels.factors._protocol import Factor, Steps, gram_by_rows, pack, unpack, weighted
+from jaxunlearn.kernels.factors._protocol import (
+    Factor,
+    Steps,
+    gram_by_rows,
+    pack,
+    take_rows,
+    unpack,
+    weighted,
+)
 
 
 @functools.partial(
@@ -54,6 +62,9 @@ class Lookup:
         rows = _stable.scale_by(self.rows.astype(self.size.dtype), exponents[:, None, None])
         size = _stable.scale_by(self.size, exponents)
         return dataclasses.replace(self, rows=rows, size=size)
+
+    def part(self, start: Array, count: int) -> "Lookup":
+        return take_rows(self, start, count)
 
     def kept(self, mask: Array) -> "Lookup":
         rows, size = (_stable.rows_where(mask, x) for x in (self.rows, self.size))

@@ -18,6 +18,7 @@ from jaxunlearn.kernels.factors._protocol import (
     gram_by_rows,
     pack,
     row_chunk,
+    take_rows,
     unpack,
     weighted,
 )
@@ -62,6 +63,9 @@ class Outer:
         left, right, top, _ = _balanced(self.left, self.right)
         right = _stable.scale_by(right, (top + exponents)[:, None, None, None])
         return Outer(left, right, _stable.scale_by(self.size, exponents), self.steps)
+
+    def part(self, start: Array, count: int) -> "Outer":
+        return take_rows(self, start, count)
 
     def kept(self, mask: Array) -> "Outer":
         left, right, size = (

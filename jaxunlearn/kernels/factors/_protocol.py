@@ -1,7 +1,8 @@
 """What every factor has, and the moves from a product to the shape of its parameter."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -23,6 +24,7 @@ class Factor(Protocol):
 
     @property
     def size(self) -> Array: ...
+    def part(self, start: Array, count: int) -> "Factor": ...
     def kept(self, mask: Array) -> "Factor": ...
     def norms(self) -> tuple[Array, Array]: ...
     def sum(self, weights: Array | None) -> Array: ...
@@ -38,6 +40,11 @@ def gram_by_rows(mine: Factor, others: Factor) -> Float[Array, "b c"]:
     """<g_i, h_j> for factors of unlike kinds: one g_i multiplied out at a time."""
     num_rows = mine.size.shape[0]
     return lax.map(lambda i: others.dot(mine.row(i)), jnp.arange(num_rows))
+
+
+def take_rows(factor: Any, start: Array, count: int) -> Any:
+    """`count` rows of a factor all of whose arrays have the example axis first."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, count), factor)
 
 
 def unpack(x: Array, steps: Steps) -> Array:

@@ -15,7 +15,7 @@ from jaxunlearn.kernels._stable import contract, unit_roundoff
 from jaxunlearn.kernels.factors._dense import Shared
 from jaxunlearn.kernels.factors._lookup import Lookup
 from jaxunlearn.kernels.factors._outer import Outer
-from jaxunlearn.kernels.factors._protocol import LOOSE, Factor, row_chunk
+from jaxunlearn.kernels.factors._protocol import LOOSE, Factor, Steps, row_chunk
 
 
 @functools.partial(
@@ -45,6 +45,11 @@ class Sum:
         """Times 2^e: (B,) exponents."""
         parts = tuple(part.scaled(exponents) for part in self.parts)
         return Sum(parts, _stable.scale_by(self.size, exponents), self.shape)
+
+    def part(self, start: Array, count: int) -> "Sum":
+        parts = tuple(part.part(start, count) for part in self.parts)
+        size = lax.dynamic_slice_in_dim(self.size, start, count)
+        return Sum(parts, size, self.shape)
 
     def kept(self, mask: Array) -> "Sum":
         parts = tuple(part.kept(mask) for part in self.parts)
@@ -148,11 +153,11 @@ class Sum:
 
 def disjoint(first, second, shape: tuple[int, ...]) -> bool:
     """Whether two parts stand in different places of a parameter, as far as their pads tell."""
-    windows = [getattr(part, "steps", ())[-1:] for part in (first, second)]
-    if not all(window and window[0][0] == "pad" for window in windows):
+    last: list[Steps] = [getattr(part, "steps", ())[-1:] for part in (first, second)]
+    if not all(steps and steps[0][0] == "pad" for steps in last):
         return False
-    ((_, *mine),), ((_, *others),) = windows
-    sizes = zip(shape, *mine, *others)
+    (_, befores, afters), (_, starts, ends) = last[0][0], last[1][0]
+    sizes = zip(shape, befores, afters, starts, ends)
     return any(after + start >= n or before + end >= n for n, before, after, start, end in sizes)
 
 

@@ -1,0 +1,165 @@
+"""Every rule for factored gradients, alone and combined, against vmap(grad)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxunlearn.kernels.per_example import per_example
+from tests.kernels._zoo import NUM_ROWS, ZOO
+
+SEEDS = st.integers(0, 2**31 - 1)
+FAST = {
+    "a weight per head",
+    "convolution, taps",
+    "embedding tied to the output",
+    "Equinox: mlp",
+    "grouped convolution",
+    "layers of one array",
+    "low-rank update",
+    "NNX: mlp",
+    "recurrent network",
+    "scan in a scan",
+    "strided convolution",
+    "two lookups",
+}
+every = pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
+)
+
+
+@functools.lru_cache
+def architecture(name):
+    """(loss_fn, params, batch, paths), built once."""
+    return ZOO[name]()
+
+
+@functools.lru_cache
+def figures_of(name, x64=False):
+    """A compiled function to all figures of one architecture, and to the slow gradients."""
+    loss_fn = architecture(name)[0]
+
+    def figures(params, batch, others, weights, vector, clip):
+        grads = per_example(loss_fn)(params, batch)
+        more = per_example(loss_fn)(params, others)
+        pairs = zip(grads.factors, more.factors)
+        return {
+            "norms": grads.norms(),
+            "upper": grads.norms() + grads.norm_bounds(),
+            "sum": grads.sum(weights),
+            "dot": grads.dot(vector),
+            "gram": grads.gram(),
+            "cross": sum(mine.gram(its) for mine, its in pairs),
+            "materialize": grads.materialize(),
+            "clipped": grads.clipped_sum(clip),
+            "paths": grads,
+        }
+
+    def slow(params, batch):
+        one = lambda row: jax.grad(loss_fn)(params, jax.tree.map(lambda leaf: leaf[None], row))
+        return jax.vmap(one)(batch)
+
+    return jax.jit(figures), jax.jit(slow)
+
+
+def rows_of(tree):
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
+
+
+def flat(tree):
+    return rows_of(jax.tree.map(lambda leaf: leaf[None], tree))[0]
+
+
+def drawn(name, seed, dtype):
+    """Parameters and rows near the architecture's own, and a direction."""
+    _, params, batch, _ = architecture(name)
+    rng = np.random.default_rng(seed)
+
+    def near(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(rng.permutation(np.asarray(leaf)))
+        return jnp.asarray(np.asarray(leaf) + 0.1 * rng.normal(size=leaf.shape), dtype)
+
+    batch = jax.tree.map(near, batch)
+    vector = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), params)
+    return jax.tree.map(near, params), batch, vector
+
+
+def assert_near(got, expected, tolerance):
+    assert np.shape(got) == np.shape(expected)
+    assert np.max(np.abs(np.float64(got) - expected)) <= tolerance * np.max(np.abs(expected))
+
+
+def check(name, seed, tolerance, dtype=jnp.float32):
+    params, batch, vector = drawn(name, seed, dtype)
+    figures, slow = figures_of(name, dtype == jnp.float64)
+    weights = np.random.default_rng(seed).normal(size=NUM_ROWS)
+    others = jax.tree.map(lambda leaf: leaf[2::-1], batch)
+    rows = rows_of(slow(params, batch))
+    clip = float(np.median(np.linalg.norm(rows, axis=1)))
+    found = figures(params, batch, others, jnp.asarray(weights, dtype), vector, clip)
+    upper = np.float64(found["upper"])
+    np.testing.assert_allclose(found["norms"], np.linalg.norm(rows, axis=1), rtol=tolerance)
+    assert_near(flat(found["sum"]), weights @ rows, tolerance)
+    assert_near(found["gram"], rows @ rows.T, tolerance)
+    assert_near(found["cross"], rows @ rows[2::-1].T, tolerance)
+    assert_near(rows_of(found["materialize"]), rows, tolerance)
+    assert_near(flat(found["clipped"]), np.minimum(1, clip / upper) @ rows, tolerance)
+    scale = np.linalg.norm(rows, axis=1) * np.linalg.norm(flat(vector))
+    assert np.all(np.abs(found["dot"] - rows @ flat(vector)) <= tolerance * scale)
+    assert {row.path for row in found["paths"].explain().rows} == architecture(name)[3]
+    # What a row contributes, in float64: within the clip norm, without any slack.
+    for row in range(NUM_ROWS):
+        scale = min(1.0, clip * (1 - 2.0**-20) / upper[row])
+        alone = jnp.zeros(NUM_ROWS, dtype).at[row].set(scale)
+        contribution = figures(params, batch, others, alone, vector, clip)["sum"]
+        assert np.linalg.norm(flat(contribution)) <= clip
+
+
+@every
+@settings(max_examples=3, deadline=None)
+@given(seed=SEEDS)
+def test_figures_equal_those_of_materialised_gradients(name, seed):
+    check(name, seed, 1e-5)
+
+
+@every
+@pytest.mark.slow
+@settings(max_examples=3, deadline=None)
+@given(seed=SEEDS)
+def test_figures_equal_those_of_materialised_gradients_in_float64(name, seed):
+    with jax.enable_x64(True):
+        check(name, seed, 1e-12, jnp.float64)
+
+
+@every
+@pytest.mark.slow
+def test_a_row_that_is_not_finite_changes_no_other(name):
+    params, batch, vector = drawn(name, 0, jnp.float32)
+    (leaf,) = jax.tree.leaves(batch)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        pytest.skip("ids are finite")
+    others = leaf[2::-1]
+    weights = jnp.arange(1.0, NUM_ROWS + 1)
+    figures, _ = figures_of(name)
+    clean = figures(params, leaf, others, weights.at[1].set(0), vector, 1.0)
+    for poison in (np.nan, np.inf, 3e38):
+        bad = leaf.at[1].set(poison)
+        dirty = figures(params, bad, others, weights, vector, 1.0)
+        if bool(dirty["paths"].is_finite[1]):
+            continue  # saturated: a row like any other
+        keep = np.arange(NUM_ROWS) != 1
+        np.testing.assert_allclose(dirty["norms"][keep], clean["norms"][keep], rtol=1e-6)
+        assert not dirty["norms"][1]
+        assert_near(flat(dirty["sum"]), flat(clean["sum"]), 1e-6)
+        assert not np.any(rows_of(dirty["materialize"])[1])
+
+
+def test_the_zoo_is_large_and_no_fast_name_is_missing():
+    assert len(ZOO) >= 40
+    assert set(ZOO) >= FAST
