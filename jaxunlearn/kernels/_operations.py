@@ -60,23 +60,13 @@ def norms_and_uppers(grads: "PerExampleGradients", groups: Groups) -> tuple[tupl
 def weighted_sum(grads: "PerExampleGradients", weights: tuple | None, groups: Groups, dtype):
     """sum_i w_i g_i, leaf by leaf, with the weights of the layer the leaf belongs to.
 
-    The usual case needs no mask: a row that does not count has the weight zero, and zero times a
-    finite factor is zero.
+    A row that does not count has the weight zero, and its factors are finite or zero.
     """
-    if weights is None and grads.is_padding is None:
-        every = grads.num_non_finite == 0
-    else:
+    if weights is not None or grads.is_padding is not None:
         ones = jnp.ones(grads.losses.shape, _stable.widened(grads.losses))
         weights = (ones,) if weights is None else weights
         weights = tuple(jnp.where(grads.contributes, w, 0) for w in weights)
-        every = grads.is_clean
-    usual = _leaf_sums(grads.factors, weights, groups)
-
-    def masked(factors):
-        kept = tuple(factor.kept(grads.contributes) for factor in factors)
-        return _leaf_sums(kept, weights, groups)
-
-    leaves = lax.cond(every, lambda _: usual, masked, grads.factors)
+    leaves = _leaf_sums(grads.factors, weights, groups)
     dtypes = [dtype or own for own in grads.dtypes]
     return jax.tree.unflatten(grads.treedef, [x.astype(d) for x, d in zip(leaves, dtypes)])
 

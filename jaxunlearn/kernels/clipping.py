@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from jaxunlearn import tree
 from jaxunlearn.kernels import _operations, _stable
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
-from jaxunlearn.kernels.factors import Dense
+from jaxunlearn.kernels.factors import Dense, cleaned
 from jaxunlearn.kernels.microbatches import check_size, over_microbatches
 from jaxunlearn.kernels.per_example import check_params, checked_loss, hashable, padding_of
 from jaxunlearn.kernels.rowwise import num_rows_of
@@ -317,7 +317,7 @@ def _transformed(grads: PerExampleGradients, transform: Callable) -> PerExampleG
         grads,
         is_finite=is_finite,
         num_non_finite=jnp.sum(~is_finite, dtype=jnp.int32),
-        factors=factors,
+        factors=cleaned(factors, jnp.all(is_finite), is_finite),
         is_clean=jnp.all(jnp.isfinite(sizes)),
         paths=(),
         dtypes=tuple(leaf.dtype for leaf in leaves),

@@ -15,7 +15,7 @@ from jaxunlearn import errors
 from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._rules import LeafPath, factored
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
-from jaxunlearn.kernels.factors import Dense
+from jaxunlearn.kernels.factors import Dense, cleaned
 from jaxunlearn.kernels.rowwise import finite_rows, local_params, num_rows_of
 from jaxunlearn.types import Batch, LossFn, Params
 
@@ -189,7 +189,9 @@ def evaluate_rows(
         losses=kept(loss),
         is_finite=is_finite,
         num_non_finite=jnp.sum(~is_finite, dtype=jnp.int32),
-        factors=tuple(factor for factor, _ in found),
+        factors=cleaned(
+            tuple(factor for factor, _ in found), jnp.all(is_finite & is_usable), finite
+        ),
         is_clean=jnp.all(is_usable),
         is_padding=padding,
         aux=_aux(aux, kept),

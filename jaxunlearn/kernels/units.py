@@ -19,6 +19,7 @@ from jaxunlearn.kernels.factors import (
     Placed,
     Shared,
     Sum,
+    cleaned,
     gram_is_cheaper,
 )
 
@@ -94,7 +95,7 @@ def merge(
         losses=_stable.rows_where(is_finite, losses),
         is_finite=is_finite,
         num_non_finite=jnp.sum(~is_finite, dtype=jnp.int32),
-        factors=tuple(merged),
+        factors=cleaned(tuple(merged), jnp.all(is_finite), is_finite),
         is_clean=jnp.all(jnp.isfinite(sizes)),
         is_padding=None,
         aux=None,
