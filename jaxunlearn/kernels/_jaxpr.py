@@ -97,9 +97,9 @@ class Scan(Call):
 
     def __init__(self, eqn, operands: tuple[Node, ...]):
         super().__init__(eqn, operands)
-        body, num_carry = eqn.params["jaxpr"], eqn.params["num_carry"]
+        body, (self.num_consts, num_carry) = eqn.params["jaxpr"], _scan_layout(eqn.params)
         varies = any(operand.varies for operand in operands)
-        firsts = range(eqn.params["num_consts"], eqn.params["num_consts"] + num_carry)
+        firsts = range(self.num_consts, self.num_consts + num_carry)
         self.inputs = [
             _node(aval, varies if k in firsts else operand.varies)
             for k, (aval, operand) in enumerate(zip(body.in_avals, operands))
@@ -144,7 +144,7 @@ class Scan(Call):
         if not wanted & set(self.extras.values()):
             return super().run(values, wanted)
         carries, read = self._read(wanted)
-        stacked, num_consts = self._stacked(wanted), self.params["num_consts"]
+        stacked, num_consts = self._stacked(wanted), self.num_consts
         given = {node: values[op] for op, node in zip(self.operands, self.inputs) if node in read}
         xs = {n: given[n] for n in self.inputs[num_consts + len(self.carries) :] if n in given}
         consts = {n: given[n] for n in self.inputs[:num_consts] if n in given}
@@ -163,6 +163,14 @@ class Scan(Call):
         values.update(zip([self.outputs[k] for k in carries], last))
         values.update(zip(stacked, rows))
         return None
+
+
+def _scan_layout(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants and how many carries a scan has; newer JAX says so by a tree."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def _node(aval, varies: bool, call: Call | None = None) -> Node:

@@ -115,7 +115,7 @@ def _accumulated(call: Scan, place: int, trail: Trail) -> Found | None:
         found += each.parts or (each,)
     if not all(hasattr(form.kind, "token_axis") for form in found):
         return None
-    start = call.operands[call.params["num_consts"] + place]
+    start = call.operands[call.num_consts + place]
     forms = [_as_tokens(form, call, trail) for form in found]
     if not is_zero(start):
         first = walk(start, trail)
