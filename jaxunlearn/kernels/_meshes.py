@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import PyTree
 
 
@@ -21,7 +22,7 @@ def specs_of(tree: PyTree) -> PyTree:
 def row_specs(tree: PyTree, batch: PyTree) -> PyTree:
     """Specs that place the first axis as long as the batch like the batch's rows."""
     first = jax.tree.leaves(batch)[0]
-    num_rows, spec = jax.numpy.shape(first)[0], jax.typeof(first).sharding.spec
+    num_rows, spec = jnp.shape(first)[0], jax.typeof(first).sharding.spec
     rows = spec[0] if len(spec) else None
 
     def place(leaf):
@@ -29,6 +30,27 @@ def row_specs(tree: PyTree, batch: PyTree) -> PyTree:
         return PartitionSpec(*[None] * axes[0], rows) if axes else PartitionSpec()
 
     return jax.tree.map(place, tree)
+
+
+def placed_as_rows(function: Callable[..., Any], *operands: PyTree, batch: PyTree) -> Any:
+    """`function(*operands)` in automatic axes, its rows placed like those of `batch`.
+
+    Everything is replicated where `batch` is None.
+    """
+
+    def specs():
+        shapes = shapes_of(function, *operands)
+        everywhere = lambda leaf: PartitionSpec()
+        return jax.tree.map(everywhere, shapes) if batch is None else row_specs(shapes, batch)
+
+    return in_automatic_axes(function, *operands, specs=specs)
+
+
+def shapes_of(function: Callable[..., Any], *operands: PyTree) -> PyTree:
+    """`jax.eval_shape` on no mesh."""
+    bare = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return jax.eval_shape(function, *jax.tree.map(bare, operands))
 
 
 def in_automatic_axes(

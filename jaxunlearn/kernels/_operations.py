@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels._meshes import in_automatic_axes, placed_as_rows
 from jaxunlearn.types import Params
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ def one_group(grads: "PerExampleGradients") -> Groups:
 @functools.partial(jax.jit, static_argnums=1)
 def norms_and_uppers(grads: "PerExampleGradients", groups: Groups) -> tuple[tuple, tuple]:
     """For each layer the norms, and upper bounds on them in exact arithmetic; (B,) each."""
+    return placed_as_rows(lambda g: _norms_and_uppers(g, groups), grads, batch=grads.losses)
+
+
+def _norms_and_uppers(grads: "PerExampleGradients", groups: Groups) -> tuple[tuple, tuple]:
     num_rows = grads.losses.shape[0]
     found = [factor.norms() for factor in grads.factors]
     norms, uppers = [], []
@@ -62,6 +67,19 @@ def weighted_sum(grads: "PerExampleGradients", weights: tuple | None, groups: Gr
 
     A row that does not count has the weight zero, and its factors are finite or zero.
     """
+
+    def summed(grads, weights):
+        return _weighted_sum(grads, weights, groups, dtype)
+
+    return in_automatic_axes(summed, grads, weights, specs=lambda: _param_specs(grads))
+
+
+def _param_specs(grads: "PerExampleGradients") -> PyTree:
+    """Where the parameters live."""
+    return jax.tree.unflatten(grads.treedef, grads.specs)
+
+
+def _weighted_sum(grads: "PerExampleGradients", weights: tuple | None, groups: Groups, dtype):
     if weights is not None or grads.is_padding is not None:
         ones = jnp.ones(grads.losses.shape, _stable.widened(grads.losses))
         weights = (ones,) if weights is None else weights
@@ -97,6 +115,14 @@ def clip_scales(upper: Array, clip, *, rescale: bool = False, divisor: float = 1
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))
 def scaled_sum(grads: "PerExampleGradients", groups: Groups, operands, scales: Callable, dtype):
     """sum_i s_i g_i, where `scales(upper, *operands)` gives each layer's s from its bounds."""
+
+    def summed(grads, operands):
+        return _scaled_sum(grads, groups, operands, scales, dtype)
+
+    return in_automatic_axes(summed, grads, operands, specs=lambda: _param_specs(grads))
+
+
+def _scaled_sum(grads: "PerExampleGradients", groups: Groups, operands, scales: Callable, dtype):
     _, uppers = norms_and_uppers(grads, groups)
     weights = tuple(
         lax.optimization_barrier(scales(upper, *own)) for upper, own in zip(uppers, operands)
@@ -114,6 +140,10 @@ def automatic_scales(upper: Array, clip, gamma) -> Array:
 @jax.jit
 def dots(grads: "PerExampleGradients", leaves: list[Array]) -> Float[Array, " b"]:
     """<g_i, vector>, leaf by leaf."""
+    return placed_as_rows(_dots, grads, leaves, batch=grads.losses)
+
+
+def _dots(grads: "PerExampleGradients", leaves: list[Array]) -> Float[Array, " b"]:
     start = jnp.zeros(grads.losses.shape, _stable.widened(grads.losses))
     each = [factor.dot(jnp.asarray(leaf)) for factor, leaf in zip(grads.factors, leaves)]
     return _stable.rows_where(grads.contributes, sum(each, start=start))
@@ -122,6 +152,10 @@ def dots(grads: "PerExampleGradients", leaves: list[Array]) -> Float[Array, " b"
 @jax.jit
 def gram(grads: "PerExampleGradients", other) -> Float[Array, "b c"]:
     """<g_i, h_j>, leaf by leaf; a row that does not count meets no other row on the way."""
+    return placed_as_rows(_gram, grads, other, batch=grads.losses)
+
+
+def _gram(grads: "PerExampleGradients", other) -> Float[Array, "b c"]:
     second = grads if other is None else other
     dtype = _stable.widened(grads.losses, second.losses)
     total = jnp.zeros((*grads.losses.shape, *second.losses.shape), dtype)
@@ -133,6 +167,10 @@ def gram(grads: "PerExampleGradients", other) -> Float[Array, "b c"]:
 @jax.jit
 def materialize(grads: "PerExampleGradients") -> PyTree:
     """(B, *shape), leaf by leaf, in the parameters' dtypes."""
+    return placed_as_rows(_materialize, grads, batch=grads.losses)
+
+
+def _materialize(grads: "PerExampleGradients") -> PyTree:
     leaves = [
         _stable.rows_where(grads.contributes, factor.materialize()).astype(dtype)
         for factor, dtype in zip(grads.factors, grads.dtypes)

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxunlearn import tree
 from jaxunlearn.kernels import _operations, _stable
+from jaxunlearn.kernels._meshes import in_automatic_axes, row_specs, shapes_of, specs_of
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
 from jaxunlearn.kernels.factors import Dense, cleaned
 from jaxunlearn.kernels.microbatches import check_size, over_microbatches
@@ -292,17 +294,20 @@ class Plan:
 @functools.partial(jax.jit, static_argnums=0)
 def _clipped(plan: Plan, params, rows, keys, shared, padding, l2_clip_norm):
     """The clipped sum, and the figures per example if any is wanted."""
-    total, figures = over_microbatches(
-        plan.call,
-        functools.partial(plan.consume, l2_clip_norm),
-        plan.microbatch_size,
-        params,
-        rows,
-        keys,
-        shared,
-        padding,
-        spmd_axis_name=plan.spmd_axis_name,
-    )
+
+    def clipped(*operands):
+        consume = functools.partial(plan.consume, operands[-1])
+        options = {"spmd_axis_name": plan.spmd_axis_name}
+        rest = operands[:-1]
+        return over_microbatches(plan.call, consume, plan.microbatch_size, *rest, **options)
+
+    operands = params, rows, keys, shared, padding, l2_clip_norm
+
+    def specs():
+        placed = row_specs(shapes_of(clipped, *operands), rows)
+        return placed if plan.transform else (specs_of(params), placed[1])
+
+    total, figures = in_automatic_axes(clipped, *operands, specs=specs)
     return (total, figures) if any(plan.wanted) else total
 
 
@@ -322,6 +327,7 @@ def _transformed(grads: PerExampleGradients, transform: Callable) -> PerExampleG
         paths=(),
         dtypes=tuple(leaf.dtype for leaf in leaves),
         treedef=treedef,
+        specs=(PartitionSpec(),) * len(leaves),
     )
 
 

@@ -40,7 +40,7 @@ class Explanation:
     data_fields=[
         *("losses", "is_finite", "num_non_finite", "factors", "is_clean", "is_padding", "aux"),
     ],
-    meta_fields=["paths", "dtypes", "treedef"],
+    meta_fields=["paths", "dtypes", "treedef", "specs"],
 )
 @dataclasses.dataclass(frozen=True)
 class PerExampleGradients:
@@ -74,6 +74,7 @@ class PerExampleGradients:
     paths: tuple[LeafPath, ...] = dataclasses.field(repr=False)
     dtypes: tuple[Any, ...] = dataclasses.field(repr=False)
     treedef: Any = dataclasses.field(repr=False)
+    specs: tuple[Any, ...] = dataclasses.field(repr=False)
     is_clean: Bool[Array, ""] = dataclasses.field(repr=False)
     is_padding: Bool[Array, " b"] | None = None
     aux: PyTree = None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from jaxunlearn.kernels._meshes import placed_as_rows
 from jaxunlearn.kernels._primitives import contains
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
 from jaxunlearn.kernels.per_example import (
@@ -63,7 +64,7 @@ def microbatched(
     @jax.jit
     def run(params, batch, keys, padding):
         step = functools.partial(over_microbatches, row_loss, consume, microbatch_size)
-        return step(params, batch, keys, None, padding)
+        return placed_as_rows(step, params, batch, keys, None, padding, batch=batch)
 
     def figures(params: Params, batch: Batch, *, keys=None, is_padding_example=None, ids=None):
         check_operands(loss_fn, params, batch, keys)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from jaxunlearn import errors
 from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels._meshes import placed_as_rows, specs_of
 from jaxunlearn.kernels._rules import LeafPath, factored
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
 from jaxunlearn.kernels.factors import Dense, cleaned
@@ -169,6 +170,16 @@ def evaluate_rows(
 
     `row_loss(params, row, key, shared) -> (loss, aux)`; `shared` is the same for every row.
     """
+    specs = tuple(specs_of(jax.tree.leaves(params)))
+
+    def evaluated(params, rows, keys, shared, padding):
+        operands = params, rows, keys, shared, padding
+        return _evaluate_rows(row_loss, *operands, spmd_axis_name, specs)
+
+    return placed_as_rows(evaluated, params, rows, keys, shared, padding, batch=rows)
+
+
+def _evaluate_rows(row_loss, params, rows, keys, shared, padding, spmd_axis_name, specs):
     params = local_params(params, (rows, keys))
     num_rows = num_rows_of(rows)
     live = finite_rows(rows) if padding is None else finite_rows(rows) & ~padding
@@ -198,6 +209,7 @@ def evaluate_rows(
         paths=tuple(path for _, path in found),
         dtypes=tuple(jnp.result_type(leaf) for _, leaf in named),
         treedef=treedef,
+        specs=specs,
     )
 
 

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels._meshes import placed_as_rows
 from jaxunlearn.kernels._primitives import contains
 from jaxunlearn.kernels.factors import Dense, Factor, Outer, Shared, pack
 
@@ -77,6 +78,14 @@ def project(
     structure: str,
 ) -> Float[Array, "b k"]:
     """<g_i, r_j> / sqrt(k), leaf by leaf, a few directions at a time."""
+
+    def projected(grads, key):
+        return _project(grads, key, num_directions, distribution, structure)
+
+    return placed_as_rows(projected, grads, key, batch=grads.losses)
+
+
+def _project(grads, key, num_directions: int, distribution: str, structure: str):
     dtype = _stable.widened(grads.losses)
     total = jnp.zeros((grads.losses.shape[0], num_directions), dtype)
     for leaf, (factor, path) in enumerate(zip(grads.factors, grads.paths)):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels._meshes import placed_as_rows
 from jaxunlearn.kernels.factors import (
     Conv,
     Dense,
@@ -83,6 +84,14 @@ def merge(
     grads: "PerExampleGradients", units_of_rows: Int[Array, " b"], num_units: int, max_rows: int
 ) -> "PerExampleGradients":
     """The gradients of units; rows that do not count, and rows of no unit, add zero."""
+
+    def merged(grads, units_of_rows):
+        return _merge(grads, units_of_rows, num_units, max_rows)
+
+    return placed_as_rows(merged, grads, units_of_rows, batch=None)
+
+
+def _merge(grads, units_of_rows, num_units: int, max_rows: int) -> "PerExampleGradients":
     counts = grads.contributes & (units_of_rows >= 0) & (units_of_rows < num_units)
     places = jnp.where(counts, units_of_rows, num_units)
     table, fits = _table(places, num_units, max_rows)
