@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Key
 
 from jaxunlearn import errors
-from jaxunlearn.kernels.rowwise import finite_rows, widened
+from jaxunlearn.kernels.rowwise import finite_rows, row_losses, widened
 from jaxunlearn.types import Batch, LossFn, Params
 
 
@@ -20,19 +19,15 @@ def weighted_total(losses: Float[Array, " b"], weights: Float[Array, " b"]) -> F
 
 
 def usable_rows(loss_fn: LossFn):
-    """A function (params, batch, keys) -> which rows have finite inputs, loss and gradient.
+    """A function (params, batch, keys) -> which rows have finite inputs and loss.
 
-    One row after another, so that it holds one gradient: it runs where a row is not finite only.
+    The rule of `weighted_grad`: a row with a finite loss and no finite gradient is not left out
+    unseen; it shows in the product.
     """
+    losses_of = row_losses(loss_fn)
 
     def usable(params, batch, keys):
-        def one(row_and_key):
-            single, key = jax.tree.map(lambda leaf: leaf[None], row_and_key[0]), row_and_key[1]
-            args = (single,) if key is None else (single, key)
-            found = jax.value_and_grad(loss_fn)(params, *args)
-            return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(found)]))
-
-        return finite_rows(batch) & lax.map(one, (batch, keys))
+        return finite_rows(batch) & jnp.isfinite(losses_of(params, batch, keys))
 
     return usable
 

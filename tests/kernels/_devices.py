@@ -8,10 +8,7 @@ the batch over both axes; "manual" is the inside of shard_map with replicated pa
 
 import functools
 import json
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp

@@ -12,14 +12,14 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 PARTS = [
-    pytest.param("automatic", "images"),
-    pytest.param("explicit", "tokens"),
     pytest.param("manual", "images"),
     *(
         pytest.param(mesh, case, marks=pytest.mark.slow)
         for mesh, case in [
+            ("automatic", "images"),
             ("automatic", "mlp"),
             ("automatic", "tokens"),
+            ("explicit", "tokens"),
             ("explicit", "mlp"),
             ("explicit", "images"),
             ("manual", "mlp"),
@@ -29,10 +29,11 @@ PARTS = [
 ]
 
 
-def start(program, *arguments):
+def start(program, *arguments, devices):
     """A Python process with this one's import path."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *(p for p in sys.path if p)]),
     }
     command = [sys.executable, str(HERE / program), *arguments]
@@ -49,7 +50,7 @@ def output_of(process):
 
 @functools.cache
 def figures(mesh, case):
-    return json.loads(output_of(start("_devices.py", mesh, case)))
+    return json.loads(output_of(start("_devices.py", mesh, case, devices=8)))
 
 
 @pytest.mark.parametrize(("mesh", "case"), PARTS)
@@ -70,7 +71,7 @@ def test_two_processes_agree_with_one_device():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    processes = [start("_processes.py", coordinator, str(index)) for index in range(2)]
+    processes = [start("_processes.py", coordinator, str(index), devices=2) for index in range(2)]
     for process in processes:
         word, gap = output_of(process).split()
         assert word == "gap"

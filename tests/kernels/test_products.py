@@ -375,7 +375,7 @@ def test_a_row_that_is_not_there_is_refused(leave_out):
 
 
 def root_loss(params, batch):
-    """Zero inputs have no gradient; inputs of 2 have no loss; both rows are finite."""
+    """Zero inputs have no gradient; a first input of 2 has no loss; both rows are finite."""
     z = batch["x"] @ params["w"]
     return jnp.mean(jnp.sqrt(z**2 + 0.0 * params["b"]) ** 3 + jnp.log(2.0 - batch["x"][:, 0]) * z)
 
@@ -384,7 +384,7 @@ def root_problem():
     rng = np.random.default_rng(12)
     params = {"w": rng.uniform(0.5, 1.0, FEATURES), "b": np.float64(0.3)}
     batch = {"x": rng.uniform(0.5, 1.5, size=(ROWS, FEATURES))}
-    batch["x"][1], batch["x"][4, 0], batch["x"][5] = 0.0, 2.0, np.nan
+    batch["x"][1], batch["x"][4, 0], batch["x"][5] = np.inf, 2.0, np.nan
     vectors = jax.tree.map(lambda leaf: rng.normal(size=(3, *np.shape(leaf))), params)
     good = np.ones(ROWS)
     good[[1, 4, 5]] = 0
@@ -392,7 +392,7 @@ def root_problem():
 
 
 @pytest.mark.parametrize(("size", "at_once"), [(None, 1), (2, 3)])
-def test_a_finite_row_without_a_finite_loss_or_gradient_contributes_zero(size, at_once, x64):
+def test_a_row_without_finite_inputs_or_loss_contributes_zero(size, at_once, x64):
     params, batch, vectors, good = root_problem()
     options = {"microbatch_size": size, "tangents_at_once": at_once}
     many = jax.jit(hvp_many(root_loss, **options))
@@ -404,6 +404,14 @@ def test_a_finite_row_without_a_finite_loss_or_gradient_contributes_zero(size, a
     whole = rows_of(many(params, batch, vectors, num_rows=ROWS))
     left = rows_of(many(params, batch, vectors, num_rows=ROWS, leave_out=np.array([1, 4, 5])))
     assert np.array_equal(left, whole)
+
+
+def test_a_row_with_a_loss_and_no_gradient_is_not_left_out_unseen(x64):
+    params, batch, vectors, _ = root_problem()
+    batch["x"][1] = 0.0
+    assert np.isfinite(root_loss(params, {"x": batch["x"][1:2]}))
+    got = jax.jit(hvp_many(root_loss))(params, batch, vectors)
+    assert np.any(np.isnan(rows_of(got)))
 
 
 def test_gauss_newton_leaves_out_a_row_without_finite_outputs(x64):

@@ -61,9 +61,7 @@ class Space(NamedTuple):
     def peak(self, a: PyTree) -> Array:
         """The largest magnitude, one for each vector."""
         axes = lambda leaf: tuple(range(int(self.many), jnp.ndim(leaf)))
-        peaks = [
-            jnp.max(jnp.abs(leaf), axis=axes(leaf), initial=0) for leaf in jax.tree.leaves(a)
-        ]
+        peaks = [jnp.max(jnp.abs(leaf), axis=axes(leaf), initial=0) for leaf in jax.tree.leaves(a)]
         wide = _stable.widened(*peaks) if peaks else jnp.float32
         return (
             jnp.max(jnp.stack([p.astype(wide) for p in peaks]), axis=0) if peaks else jnp.zeros(())
