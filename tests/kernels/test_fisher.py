@@ -101,6 +101,7 @@ def test_the_fisher_of_a_likelihood_is_the_mean_square_of_its_sampled_scores(nam
     assert abs(squares.mean() - exact) < 5 * error < 0.2 * exact
 
 
+@pytest.mark.slow
 def test_sampled_fisher_averages_to_the_exact_one_and_keeps_each_rows_labels(x64):
     params, batch, vectors, _ = problem(2)
     keys = example_keys(jax.random.key(1), jnp.arange(ROWS))

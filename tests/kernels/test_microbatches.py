@@ -43,7 +43,8 @@ def assert_alike(got, want):
 
 
 @pytest.mark.parametrize(
-    ("name", "microbatch_size"), [("dense", 3), ("dense", 100), ("convolving", 3)]
+    ("name", "microbatch_size"),
+    [("dense", 3), ("dense", 100), pytest.param("convolving", 3, marks=pytest.mark.slow)],
 )
 def test_microbatches_give_what_all_rows_at_once_give(name, microbatch_size):
     loss_fn, params, batch = CASES[name]

@@ -326,6 +326,7 @@ def test_directions_of_rank_one_are_cheap():
     assert cheap < flops(lambda g: g.project(jax.random.key(0), 64), grads) / 8
 
 
+@pytest.mark.slow
 def test_a_projection_in_chunks_is_the_projection(case, monkeypatch):
     grads, _, _ = case
     key = jax.random.key(0)
@@ -445,7 +446,7 @@ def test_padding_of_another_shape_or_type_is_refused(arguments, message):
         kernels.per_example(loss_fn)(*operands(), **arguments)
 
 
-@pytest.mark.parametrize("num_rows", [0, 1])
+@pytest.mark.parametrize("num_rows", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_row_and_one_row_are_batches_too(num_rows):
     params, batch = operands(num_rows=num_rows)
     rows = matrix(reference(loss_fn, params, batch))
@@ -501,6 +502,7 @@ def test_units_are_the_sums_of_their_rows_whatever_is_asked(case):
     assert not np.any(matrix(units.materialize())[[1, 3]])
 
 
+@pytest.mark.slow
 def test_units_of_every_kind_of_leaf_are_the_sums_of_their_rows():
     """Convolutions, a tied table, a leaf that no row touches, an elementwise matrix."""
 

@@ -132,7 +132,7 @@ def test_each_row_keeps_its_key_in_microbatches(size, x64):
     assert oracles.relative_gap(oracles.flat(got), want) < 1e-12
 
 
-@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("size", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_many_products_are_the_products_stacked(size, x64):
     params, batch = network_problem(2)
     vectors = jax.tree.map(
