@@ -389,6 +389,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 def test_padding_rows_are_as_if_they_were_not_there():
     """Whatever they hold, a target that is not finite too."""
     params, (tokens, targets) = operands()

@@ -49,6 +49,7 @@ def all_operators(params, batch, **options):
 GAUSSIAN = kernels.gaussian(0.5)
 
 
+@pytest.mark.slow
 def test_to_dense_is_the_matrix(x64):
     params, batch = problem(0)
     dense = {name: op.to_dense() for name, op in all_operators(params, batch).items()}

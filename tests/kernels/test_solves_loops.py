@@ -126,6 +126,7 @@ def test_products_are_as_many_as_stated(name, x64):
     assert matvec.rows == sides * (2 + 2)
 
 
+@pytest.mark.slow
 def test_the_others_cost_what_they_say(x64):
     rhs, matvec = jnp.asarray(RHS), Counted()
 

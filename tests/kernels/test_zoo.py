@@ -18,14 +18,8 @@ FAST = {
     "convolution, taps",
     "embedding tied to the output",
     "Equinox: mlp",
-    "grouped convolution",
-    "layers of one array",
     "low-rank update",
     "NNX: mlp",
-    "recurrent network",
-    "scan in a scan",
-    "strided convolution",
-    "two lookups",
 }
 every = pytest.mark.parametrize(
     "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
