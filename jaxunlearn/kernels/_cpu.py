@@ -9,9 +9,8 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxunlearn.kernels._primitives import contains
+from jaxunlearn.kernels._primitives import convolves
 
-CONVOLUTION = "conv_general_dilated"
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 
 
@@ -57,7 +56,7 @@ def on_cpu() -> bool:
 
 def has_convolution(function: Callable[..., Any], *args: Any) -> bool:
     """Whether tracing `function(*args)` meets a convolution, those of inner jaxprs included."""
-    return contains(jax.make_jaxpr(function)(*args), CONVOLUTION)
+    return convolves(jax.make_jaxpr(function)(*args))
 
 
 def _evaluate(function, leaves: list[Any], varies: bool):
@@ -91,7 +90,7 @@ def _step(eqn, operands: list[tuple[Any, bool]]) -> list[tuple[Any, bool]]:
     params = {key: _rewritten_bodies(value) for key, value in params.items()}
     bind = eqn.primitive.bind
     with eqn.ctx.manager:
-        if name == CONVOLUTION:
+        if name == "conv_general_dilated":
             out = _convolution(bind, args, params)
         elif name == "dot_general" and varying == [True, False]:
             out = _product(bind, args, params)
@@ -105,7 +104,7 @@ def _rewritten_bodies(value: Any) -> Any:
     """A parameter of an equation, with its bodies of loops and its branches rewritten."""
     if isinstance(value, tuple) and any(map(_is_closed, value)):
         return tuple(map(_rewritten_bodies, value))
-    if not _is_closed(value) or not contains(value, CONVOLUTION):
+    if not _is_closed(value) or not convolves(value):
         return value
 
     def body(*args):

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxunlearn.kernels._meshes import placed_as_rows
-from jaxunlearn.kernels._primitives import contains
+from jaxunlearn.kernels._primitives import convolves
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
 from jaxunlearn.kernels.per_example import (
     BatchOfOne,
@@ -138,7 +138,7 @@ def _convolves_on_cpu(row_loss, params, part, shared) -> bool:
     if jax.default_backend() != "cpu":
         return False
     row = jax.tree.map(lambda leaf: leaf[0], part[:2])
-    return contains(jax.make_jaxpr(row_loss)(params, *row, shared), "conv_general_dilated")
+    return convolves(jax.make_jaxpr(row_loss)(params, *row, shared))
 
 
 def _written_out(one, parts, num_parts: int) -> tuple[PyTree, PyTree]:

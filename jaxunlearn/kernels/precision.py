@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxunlearn import errors
+from jaxunlearn.kernels._primitives import jaxprs_in
 from jaxunlearn.types import Batch, LossFn, Params
 
 
@@ -43,7 +44,7 @@ def check_float64(loss_fn: LossFn, params: Params, rows: Batch) -> None:
 def _walk(jaxpr: Any, found: list[str]) -> None:
     """Collect narrowing equations, those of inner jaxprs included."""
     for eqn in jaxpr.eqns:
-        inner = [sub for value in eqn.params.values() for sub in _jaxprs(value)]
+        inner = [sub for value in eqn.params.values() for sub in jaxprs_in(value)]
         for sub in inner:
             _walk(sub, found)
         wide = any(_bits(atom) == 64 for atom in eqn.invars)
@@ -57,11 +58,3 @@ def _bits(atom: Any) -> int:
     dtype = getattr(atom.aval, "dtype", None)
     is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     return jnp.finfo(dtype).bits if is_float else 0
-
-
-def _jaxprs(value: Any) -> list[Any]:
-    """The jaxprs in a parameter of an equation."""
-    if isinstance(value, tuple | list):
-        return [sub for item in value for sub in _jaxprs(item)]
-    value = getattr(value, "jaxpr", value)
-    return [value] if hasattr(value, "eqns") else []

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._meshes import placed_as_rows
-from jaxunlearn.kernels._primitives import contains
+from jaxunlearn.kernels._primitives import convolves
 from jaxunlearn.kernels.factors import Dense, Factor, Outer, Shared, pack
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _loopable(factor: Factor, shape: tuple[int, ...]) -> Factor:
     if isinstance(factor, Outer | Dense | Shared):
         return factor
     trace = jax.make_jaxpr(lambda f, vector: f.dot(vector))(factor, jnp.zeros(shape))
-    if not contains(trace, "conv_general_dilated"):
+    if not convolves(trace):
         return factor
     return Dense.of(factor.materialize())
 

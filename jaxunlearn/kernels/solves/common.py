@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxunlearn import tree
 from jaxunlearn.kernels import _stable
-from jaxunlearn.kernels._primitives import contains
+from jaxunlearn.kernels._primitives import convolves
 
 LOOPS = ("auto", "device", "host", "unrolled")
 
@@ -241,7 +241,7 @@ def _host_is_faster(proceed, state, matvec, probe) -> bool:
         bool(proceed(state))
     except jax.errors.ConcretizationTypeError:
         return False
-    return contains(jax.make_jaxpr(matvec)(probe), "conv_general_dilated")
+    return convolves(jax.make_jaxpr(matvec)(probe))
 
 
 def _rows(x: Array) -> Array:
