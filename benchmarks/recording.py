@@ -76,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=MIN_REPEATS)
     parser.add_argument("--out")
+    parser.add_argument("--quick", action="store_true", help="changes nothing: it takes seconds")
     options = parser.parse_args()
     results = {}
     for name, (sizes, batch_size) in CASES.items():
