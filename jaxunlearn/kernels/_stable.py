@@ -76,16 +76,19 @@ def norm_parts(x: Float[Array, "*b n"]) -> tuple[Float[Array, "*b"], Int[Array, 
     squares = sum_squares(x)
     low, high = (float(getattr(jnp.finfo(x.dtype), name)) for name in ("tiny", "max"))
 
+    # What squares below `tiny` can hide is far below one rounding of a sum this large.
+    safe = (squares > low * 2.0**40) & (squares < high * 2.0**-20)
+
     def scaled():
         e = exponent(jnp.max(jnp.abs(x), axis=-1, initial=0))
-        return jnp.sqrt(sum_squares(scale_by(x, -e[:, None]))), e
+        total = sum_squares(scale_by(x, -e[:, None]))
+        # Row by row: a large row must not change how another is rounded.
+        return jnp.sqrt(jnp.where(safe, squares, total)), jnp.where(safe, 0, e)
 
     def plain():
         return jnp.sqrt(squares), jnp.isnan(squares).astype(jnp.int32) * 0  # as local as squares
 
-    # What squares below `tiny` can hide is far below one rounding of a sum this large.
-    safe = jnp.all((squares > low * 2.0**40) & (squares < high * 2.0**-20))
-    r, e = (part.reshape(shape) for part in lax.cond(safe, plain, scaled))
+    r, e = (part.reshape(shape) for part in lax.cond(jnp.all(safe), plain, scaled))
     return scale_by(r, -exponent(r)), e + exponent(r)
 
 

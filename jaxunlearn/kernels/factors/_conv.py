@@ -13,12 +13,12 @@ from jaxtyping import Array, Float
 from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._stable import contract, size_of, unit_roundoff, widened
 from jaxunlearn.kernels.factors._protocol import (
-    LOOSE,
     Factor,
     Steps,
     gram_by_rows,
     pack,
     take_rows,
+    tightened,
     unpack,
     weighted,
 )
@@ -132,13 +132,7 @@ class Conv:
         """Norms of factors whose norms do not exceed one."""
         if not self.gram_is_cheaper:
             return self._direct_norms()
-        norms, upper = self._gram_norms()
-        roundoff = unit_roundoff(self.size.dtype)
-        return lax.cond(
-            jnp.any(upper - norms > LOOSE * roundoff * upper),
-            self._direct_norms,
-            lambda: (norms, upper),
-        )
+        return tightened(*self._gram_norms(), self._direct_norms)
 
     def _direct_norms(self) -> tuple[Array, Array]:
         """Norms from the product, a row of taps at a time."""

@@ -19,6 +19,7 @@ from jaxunlearn.kernels.factors._protocol import (
     pack,
     row_chunk,
     take_rows,
+    tightened,
     unpack,
     weighted,
 )
@@ -82,12 +83,7 @@ class Outer:
         if not gram_is_tight(num_tokens, m, self.right.shape[-1]):
             return _direct_norms(*_balanced(self.left, self.right))
         balanced = _balanced(self.left, self.right)
-        norms, upper = _gram_norms(*balanced)
-        return lax.cond(
-            jnp.any(upper - norms > LOOSE * roundoff * upper),
-            lambda: _direct_norms(*balanced),
-            lambda: (norms, upper),
-        )
+        return tightened(*_gram_norms(*balanced), lambda: _direct_norms(*balanced))
 
     def sum(self, weights: Array | None) -> Array:
         left, right = self.left, self.right

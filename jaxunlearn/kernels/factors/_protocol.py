@@ -1,5 +1,6 @@
 """What every factor has, and the moves from a product to the shape of its parameter."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxunlearn.kernels._stable import size_of, widened
+from jaxunlearn.kernels._stable import size_of, unit_roundoff, widened
 
 LOOSE = 2.0**17
 """A Gram-trick norm whose bound exceeds this many roundings (0.8 percent in float32) is loose."""
@@ -40,6 +41,22 @@ def gram_by_rows(mine: Factor, others: Factor) -> Float[Array, "b c"]:
     """<g_i, h_j> for factors of unlike kinds: one g_i multiplied out at a time."""
     num_rows = mine.size.shape[0]
     return lax.map(lambda i: others.dot(mine.row(i)), jnp.arange(num_rows))
+
+
+def tightened(
+    norms: Array, upper: Array, direct: Callable[[], tuple[Array, Array]]
+) -> tuple[Array, Array]:
+    """`norms` and `upper`, or those of `direct` in the rows where the bound is loose.
+
+    Row by row: a row that cancels must not change how any other is clipped, or the sensitivity of a
+    sum would grow with the batch.
+    """
+    loose = upper - norms > LOOSE * unit_roundoff(upper.dtype) * upper
+
+    def replaced():
+        return tuple(jnp.where(loose, d, x) for d, x in zip(direct(), (norms, upper), strict=True))
+
+    return lax.cond(jnp.any(loose), replaced, lambda: (norms, upper))
 
 
 def take_rows(factor: Any, start: Array, count: int) -> Any:

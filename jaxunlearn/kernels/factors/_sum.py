@@ -15,7 +15,7 @@ from jaxunlearn.kernels._stable import contract, unit_roundoff
 from jaxunlearn.kernels.factors._dense import Shared
 from jaxunlearn.kernels.factors._lookup import Lookup
 from jaxunlearn.kernels.factors._outer import Outer
-from jaxunlearn.kernels.factors._protocol import LOOSE, Factor, Steps, row_chunk
+from jaxunlearn.kernels.factors._protocol import Factor, Steps, row_chunk, tightened
 
 
 @functools.partial(
@@ -63,13 +63,7 @@ class Sum:
         if not unit.has_cross_terms:
             norms, upper = unit._direct_norms()
         else:
-            norms, upper = unit._gram_norms()
-            roundoff = unit_roundoff(self.size.dtype)
-            norms, upper = lax.cond(
-                jnp.any(upper - norms > LOOSE * roundoff * upper),
-                unit._direct_norms,
-                lambda: (norms, upper),
-            )
+            norms, upper = tightened(*unit._gram_norms(), unit._direct_norms)
         return _stable.scale_by(norms, exponent), _stable.scale_by(upper, exponent)
 
     def _apart(self, first, second) -> bool:
@@ -182,13 +176,16 @@ def _cross_terms(first, second) -> tuple[Array, int]:
     if isinstance(first, Shared):
         first, second = second, first
     if isinstance(second, Shared):
-        return second.rows * first.dot(second.value), second.value.size + _num_tokens(first)
+        depth = first.floats + second.value.size + _stable.SLACK
+        return second.rows * first.dot(second.value), depth
     if isinstance(first, Outer):
         first, second = second, first
     products = contract("btd,bud->btu", first.rows, second.right[:, 0])
     met = jnp.take_along_axis(second.left[:, 0], first.index[:, None, :], axis=2, mode="clip")
     depth = first.rows.shape[-1] + _num_tokens(first) + _num_tokens(second) + _stable.SLACK
-    return contract("btu,but->b", products, met), depth
+    # Without the barrier XLA joins the sums over t and u into one of as many terms as both have.
+    partial = lax.optimization_barrier(jnp.sum(products * met.swapaxes(1, 2), axis=2))
+    return jnp.sum(partial, axis=1), depth
 
 
 def _num_tokens(part) -> int:

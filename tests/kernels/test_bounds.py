@@ -1,0 +1,364 @@
+"""Clip bounds of convolutions, tables and tied weights: judged in float64, without slack."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from jaxunlearn import kernels
+from jaxunlearn.kernels import factors
+
+SEEDS = st.integers(0, 2**31 - 1)
+few = settings(max_examples=6, deadline=None)
+NUM_ROWS = 8
+PLAIN, HUGE, TINY, CANCELLING, HUGE_CANCELLING, MIXED, EDGE, ABOVE = range(NUM_ROWS)
+
+# --- losses that are linear in the parameter: the rows are the factors ----------------------------
+
+
+def correlation(w, batch, **options):
+    x, g = batch
+    return jnp.sum(convolved(x, w, **options) * g) / x.shape[0]
+
+
+def convolved(x, w, *, stride=1, groups=1, lhs_dilation=1):
+    num = w.ndim - 2
+    spatial, each = "DHW"[-num:], lambda value: (value,) * num
+    return lax.conv_general_dilated(
+        x, w, each(stride), "VALID", lhs_dilation=each(lhs_dilation), feature_group_count=groups,
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+    )  # fmt: skip
+
+
+def frames(w, batch):
+    x, g = batch
+    return jnp.sum(convolved(x.reshape(-1, *x.shape[2:]), w).reshape(g.shape) * g) / x.shape[0]
+
+
+def lookup(w, batch):
+    ids, g = batch
+    return jnp.sum(w[ids] * g) / ids.shape[0]
+
+
+def tied(w, batch):
+    ids, g, x, h = batch
+    return lookup(w, (ids, g)) + jnp.sum((x @ w.T) * h) / ids.shape[0]
+
+
+def decayed(w, batch):
+    x, g = batch
+    return 0.5 * jnp.sum(w**2) + jnp.sum((x @ w) * g) / x.shape[0]
+
+
+def decayed_lookup(w, batch):
+    return 0.5 * jnp.sum(w**2) + lookup(w, batch)
+
+
+def decayed_correlation(w, batch):
+    return 0.5 * jnp.sum(w**2) + correlation(w, batch)
+
+
+def both_ways(w, batch):
+    x, g, y, h = batch
+    return (jnp.sum((x @ w) * g) + jnp.sum((y @ w.T) * h)) / x.shape[0]
+
+
+def two_scales(w, batch):
+    x, g, h = batch
+    return correlation(w, (x, g)) + jnp.sum(convolved(x[:, ::2], w) * h) / x.shape[0]
+
+
+def layers(w, batch):
+    x, g = batch
+    return sum(jnp.sum((x[:, k] @ w[k]) * g[:, k]) for k in range(3)) / x.shape[0]
+
+
+# --- rows that a bound can break on ---------------------------------------------------------------
+
+
+def opposite(rng, a, axis, epsilon):
+    """`a` with the second half along `axis` minus the first, but for one part in 1 / epsilon."""
+    half = a.shape[axis] // 2
+    first, second, rest = np.split(a, [half, 2 * half], axis)
+    return np.concatenate([first, -first * (1 + epsilon * rng.normal(size=first.shape)), rest * 0],
+                          axis)  # fmt: skip
+
+
+def flattened(rng, x, axes, epsilon):
+    """Nearly the same everywhere along `axes`."""
+    first = x[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(x.ndim))]
+    return first * (1 + epsilon * rng.normal(size=x.shape))
+
+
+def images(inputs, outputs):
+    """A row of a convolution: the same patch everywhere, and cotangents that sum to nothing."""
+
+    def rows(rng, epsilon):
+        x, g = rng.normal(size=(NUM_ROWS, *inputs)), rng.normal(size=(NUM_ROWS, *outputs))
+        spatial = tuple(range(1, x.ndim - 1))
+        for row in (CANCELLING, HUGE_CANCELLING):
+            x[row] = flattened(rng, x[row], [axis - 1 for axis in spatial], epsilon)
+            g[row] = opposite(rng, g[row].reshape(-1, outputs[-1]), 0, epsilon).reshape(outputs)
+        scales = 10.0 ** rng.uniform(-6, 6, (*outputs[:-1], 1))
+        g[MIXED] *= scales
+        return scaled(x, g)
+
+    return rows
+
+
+def scaled(x, *others):
+    """Factors whose squares leave the range of float32."""
+    for row, left, right in [(HUGE, 1e22, 1e-12), (TINY, 1e-24, 1e10), (HUGE_CANCELLING, 1e9, 1)]:
+        x[row] *= left
+        for g in others:
+            g[row] *= right
+    return x, *others
+
+
+def table_rows(num_rows, num_tokens, d):
+    def rows(rng, epsilon):
+        ids = rng.integers(0, num_rows, (NUM_ROWS, num_tokens))
+        g = rng.normal(size=(NUM_ROWS, num_tokens, d))
+        half = num_tokens // 2
+        for row in (CANCELLING, HUGE_CANCELLING):
+            ids[row, half : 2 * half] = ids[row, :half]
+            g[row] = opposite(rng, g[row], 0, epsilon)
+        g[MIXED] *= 10.0 ** rng.uniform(-12, 12, (num_tokens, 1))
+        g[HUGE], g[TINY], g[HUGE_CANCELLING] = g[HUGE] * 1e22, g[TINY] * 1e-24, g[CANCELLING] * 1e9
+        return ids, g
+
+    return rows
+
+
+def tied_rows(num_rows, num_tokens, d):
+    """What the table's row gets back as an embedding, the projection takes away."""
+
+    def rows(rng, epsilon):
+        ids, g = table_rows(num_rows, num_tokens, d)(rng, epsilon)
+        x, h = rng.normal(size=g.shape), rng.normal(size=(NUM_ROWS, num_tokens, num_rows))
+        for row, size in [(CANCELLING, 1), (HUGE_CANCELLING, 1e9)]:
+            ids[row], g[row] = np.arange(num_tokens) % num_rows, rng.normal(size=g[row].shape) * size
+            h[row] = np.eye(num_rows)[ids[row]]
+            x[row] = -g[row] * (1 + epsilon * rng.normal(size=x[row].shape))
+        x[HUGE] *= 1e20
+        x[TINY], h[TINY] = x[TINY] * 1e-30, h[TINY] * 1e6
+        return ids, g, x, h
+
+    return rows
+
+
+def token_rows(num_tokens, m, n, *, again=False):
+    def rows(rng, epsilon):
+        x, g = (rng.normal(size=(NUM_ROWS, num_tokens, d)) for d in (m, n))
+        if not again:
+            for row in (CANCELLING, HUGE_CANCELLING):
+                x[row, num_tokens // 2 :] = x[row, : num_tokens // 2]
+                g[row] = opposite(rng, g[row], 0, epsilon)
+            return scaled(x, g)
+        y, h = (rng.normal(size=leaf.shape) for leaf in (g, x))
+        for row in (CANCELLING, HUGE_CANCELLING):
+            y[row] = -g[row] * (1 + epsilon * rng.normal(size=g[row].shape))
+            h[row] = x[row]
+        x, g, h, y = scaled(x, g, h, y)
+        return x, g, y, h
+
+    return rows
+
+
+def layer_rows(rng, epsilon):
+    x, g = token_rows(12, 16, 20)(rng, epsilon)
+    return x.reshape(NUM_ROWS, 3, 4, 16), g.reshape(NUM_ROWS, 3, 4, 20)
+
+
+def two_scale_rows(rng, epsilon):
+    x, g = images((5, 4, 8), (3, 2, 20))(rng, epsilon)
+    return x, g, -g[:, :1] * (1 + epsilon)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A loss, the shape of its parameter, the rows, the factor they lead to, the parameter's size."""
+
+    loss_fn: Callable
+    shape: tuple[int, ...]
+    rows: Callable
+    factor: type
+    scale: float = 0.0
+
+
+CONV, LOOKUP, SUM = factors.Conv, factors.Lookup, factors.Sum
+strided = functools.partial(correlation, stride=2)
+grouped = functools.partial(correlation, groups=2)
+depthwise = functools.partial(correlation, groups=4)
+holes = functools.partial(correlation, lhs_dilation=2)
+CASES = {
+    "convolution, Gram": Case(correlation, (3, 3, 8, 32), images((5, 5, 8), (3, 3, 32)), CONV),
+    "convolution, product": Case(correlation, (3, 3, 2, 4), images((8, 8, 2), (6, 6, 4)), CONV),
+    "strided taps": Case(strided, (9, 3, 4), images((33, 3), (13, 4)), CONV),
+    "grouped convolution": Case(grouped, (3, 3, 8, 40), images((4, 5, 16), (2, 3, 40)), CONV),
+    "depthwise convolution": Case(depthwise, (3, 3, 1, 8), images((6, 6, 4), (4, 4, 8)), CONV),
+    "holes in the input": Case(holes, (2, 2, 8, 16), images((3, 3, 8), (4, 4, 16)), CONV),
+    "three dimensions": Case(correlation, (2, 2, 2, 4, 24), images((3, 3, 3, 4), (2, 2, 2, 24)), CONV),
+    "frames": Case(frames, (3, 3, 8, 32), images((2, 4, 4, 8), (2, 2, 2, 32)), CONV),
+    "table": Case(lookup, (20, 12), table_rows(20, 16, 12), LOOKUP),
+    "table of few rows": Case(lookup, (40, 6), table_rows(40, 16, 6), LOOKUP),
+    "table of one id": Case(lookup, (11, 12), table_rows(11, 1, 12), LOOKUP),
+    "tied": Case(tied, (30, 24), tied_rows(30, 8, 24), SUM),
+    "tied, many tokens": Case(tied, (80, 60), tied_rows(80, 24, 60), SUM),
+    "decay": Case(decayed, (20, 16), token_rows(4, 20, 16), SUM, 1e-3),
+    "decay of a table": Case(decayed_lookup, (30, 8), table_rows(30, 20, 8), SUM, 1e-3),
+    "decay of a kernel": Case(decayed_correlation, (3, 3, 8, 32), images((5, 5, 8), (3, 3, 32)), SUM, 1e-3),
+    "both ways": Case(both_ways, (20, 16), token_rows(3, 20, 16, again=True), SUM),
+    "two scales": Case(two_scales, (3, 3, 8, 20), two_scale_rows, SUM),
+    "layers": Case(layers, (3, 16, 20), layer_rows, SUM),
+}  # fmt: skip
+FAST = {"convolution, Gram", "table", "tied"}
+every = pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
+
+
+def operands(name, seed):
+    """The parameter, the rows in float32, and a clip norm that float32 has."""
+    case, rng = CASES[name], np.random.default_rng(seed)
+    w = np.float32(case.scale * rng.normal(size=case.shape))
+    leaves = case.rows(rng, 10.0 ** rng.uniform(-7, -2))
+    rows = [x.astype(np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32) for x in leaves]
+    return w, tuple(rows), np.float32(10.0 ** rng.uniform(-3, 3))
+
+
+@functools.lru_cache
+def compiled(name):
+    """(figures in float32, the gradients of the rows in float64) of one case."""
+    loss_fn = CASES[name].loss_fn
+
+    def figures(w, batch, clip):
+        grads = kernels.per_example(loss_fn)(w, batch)
+
+        def alone(row):
+            only = dataclasses.replace(grads, is_padding=jnp.arange(NUM_ROWS) != row)
+            return {
+                "clipped": only.clipped_sum(clip),
+                "automatic": only.automatic_sum(clip, gamma=0.0),
+                "normalized": only.normalized_sum(),
+                "layer": only.layer_clipped_sum(clip),
+            }
+
+        return {
+            "norms": grads.norms(),
+            "bounds": grads.norm_bounds(),
+            "weights": grads.clip_weights(clip),
+            "contributions": lax.map(alone, jnp.arange(NUM_ROWS)),
+            "factors": grads.factors,
+        }
+
+    def slow(w, batch):
+        one = lambda w, row: loss_fn(w, jax.tree.map(lambda leaf: leaf[None], row))
+        return jax.vmap(jax.grad(one), (None, 0))(w, batch)
+
+    return jax.jit(figures), jax.jit(slow)
+
+
+def exact(name, w, batch):
+    """Each row's gradient, (B, P), in float64 from the very numbers that float32 has."""
+    with jax.enable_x64(True):
+        wide = lambda x: jnp.asarray(x, jnp.float64) if x.dtype == np.float32 else jnp.asarray(x)
+        rows = compiled(name)[1](wide(w), jax.tree.map(wide, batch))
+        return np.asarray(rows).reshape(NUM_ROWS, -1)
+
+
+def fitted(name, w, batch, clip):
+    """The batch with one row whose norm is the clip norm, and one a millionth above."""
+    norms = np.linalg.norm(exact(name, w, batch), axis=1)
+    for row, size in [(EDGE, 1.0), (ABOVE, 1 + 1e-6)]:
+        for leaf in batch[1:2] if len(batch) < 4 else batch[1::2]:
+            leaf[row] *= np.float32(clip * size / norms[row])
+    return batch
+
+
+def judge(name, w, batch, clip):
+    """No figure is below what it bounds, whatever the rows are."""
+    rows = exact(name, w, batch)
+    norms = np.linalg.norm(rows, axis=1)
+    found = compiled(name)[0](w, batch, clip)
+    assert isinstance(found["factors"][0], CASES[name].factor)
+    assert np.all(norms <= np.float64(found["norms"]) + np.float64(found["bounds"]))
+    assert np.all(np.float64(found["weights"]) * norms <= clip)
+    for kind, bound in dict.fromkeys(found["contributions"], clip).items():
+        alone = np.float64(found["contributions"][kind]).reshape(NUM_ROWS, -1)
+        bound = 1.0 if kind == "normalized" else clip
+        assert np.all(np.linalg.norm(alone, axis=1) <= bound), kind
+    return rows, np.float64(found["contributions"]["clipped"]).reshape(NUM_ROWS, -1)
+
+
+@every
+@few
+@given(seed=SEEDS)
+def test_no_contribution_exceeds_the_clip_norm(name, seed):
+    """Huge, tiny, mixed and cancelling rows, and rows on the edge; the plain ones come close."""
+    w, batch, clip = operands(name, seed)
+    batch = fitted(name, w, batch, clip)
+    contributions = judge(name, w, batch, clip)[1]
+    largest = np.linalg.norm(contributions, axis=1)
+    assert np.all(largest[[HUGE, ABOVE]] >= clip * (1 - 2e-2))
+
+
+@every
+@few
+@given(seed=SEEDS)
+def test_no_contribution_exceeds_the_clip_norm_where_no_row_cancels(name, seed):
+    """Then the Gram trick serves every norm that it can serve."""
+    w, batch, clip = operands(name, seed)
+    for leaf in batch:
+        leaf[[CANCELLING, HUGE_CANCELLING]] = leaf[[PLAIN, ABOVE]]
+    judge(name, w, batch, clip)
+
+
+@every
+@few
+@given(seed=SEEDS)
+def test_what_a_row_holds_moves_no_other_row_by_a_bit(name, seed):
+    """A row that cancels is clipped by another norm than the rest; the rest must not notice."""
+    w, batch, clip = operands(name, seed)
+    for leaf in batch:
+        leaf[[CANCELLING, HUGE_CANCELLING, HUGE, TINY]] = leaf[[PLAIN, PLAIN, ABOVE, ABOVE]]
+    calm = compiled(name)[0](w, batch, clip)
+    rough = operands(name, seed)[1]
+    for changed in (CANCELLING, HUGE_CANCELLING, HUGE, TINY):
+        keep = np.arange(NUM_ROWS) != changed
+        mixed = jax.tree.map(lambda a, b: np.where(keep[(..., *[None] * (a.ndim - 1))], a, b),
+                             batch, rough)  # fmt: skip
+        found = compiled(name)[0](w, mixed, clip)
+        for figure in ("norms", "bounds", "weights", "contributions"):
+            pairs = zip(jax.tree.leaves(found[figure]), jax.tree.leaves(calm[figure]))
+            assert all(np.array_equal(a[keep], b[keep]) for a, b in pairs), (figure, changed)
+
+
+@pytest.mark.parametrize("num_tokens", [pytest.param(4, marks=pytest.mark.slow), 16])
+def test_one_row_moves_a_large_sum_of_equal_rows_by_no_more_than_is_stated(num_tokens):
+    """512 rows of one direction: were all of them clipped otherwise for one, the sum would tell."""
+    rng, num_rows, d = np.random.default_rng(0), 512, 96
+    loss_fn = lambda w, batch: decayed(w, batch) - 0.5 * jnp.sum(w**2)
+    x, g = (np.repeat(np.float32(rng.normal(size=(1, num_tokens, d))), num_rows, 0) for _ in "xg")
+    half = num_tokens // 2
+    bad_x, bad_g = x.copy(), g.copy()
+    bad_x[0, half:] = x[0, :half]
+    bad_g[0] = opposite(rng, g[0] * 1e4, 0, 1e-5)
+    w = jnp.zeros((d, d))
+    grad = kernels.clipped_grad(loss_fn, l2_clip_norm=1.0)
+    padding = jnp.arange(num_rows) == 0
+    without = [np.float64(grad(w, batch, is_padding_example=padding)) for batch in [(x, g)]]
+    usual, other = np.float64(grad(w, (x, g))), np.float64(grad(w, (bad_x, bad_g)))
+    rounding = 4 * num_rows * 2.0**-24
+    assert np.linalg.norm(other - usual) <= grad.sensitivity("REPLACE_ONE") + rounding
+    for total in (usual, other):
+        assert np.linalg.norm(total - without[0]) <= grad.sensitivity("ZERO_OUT") + rounding
+    turned = np.float64(grad(w, (x, np.concatenate([-g[:1], g[1:]]))))
+    assert np.linalg.norm(turned - usual) >= grad.sensitivity("REPLACE_ONE") * (1 - 1e-2)
