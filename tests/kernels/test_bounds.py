@@ -86,7 +86,7 @@ def layers(w, batch):
 def opposite(rng, a, axis, epsilon):
     """`a` with the second half along `axis` minus the first, but for one part in 1 / epsilon."""
     half = a.shape[axis] // 2
-    first, second, rest = np.split(a, [half, 2 * half], axis)
+    first, _, rest = np.split(a, [half, 2 * half], axis)
     return np.concatenate([first, -first * (1 + epsilon * rng.normal(size=first.shape)), rest * 0],
                           axis)  # fmt: skip
 
@@ -144,7 +144,10 @@ def tied_rows(num_rows, num_tokens, d):
         ids, g = table_rows(num_rows, num_tokens, d)(rng, epsilon)
         x, h = rng.normal(size=g.shape), rng.normal(size=(NUM_ROWS, num_tokens, num_rows))
         for row, size in [(CANCELLING, 1), (HUGE_CANCELLING, 1e9)]:
-            ids[row], g[row] = np.arange(num_tokens) % num_rows, rng.normal(size=g[row].shape) * size
+            ids[row], g[row] = (
+                np.arange(num_tokens) % num_rows,
+                rng.normal(size=g[row].shape) * size,
+            )
             h[row] = np.eye(num_rows)[ids[row]]
             x[row] = -g[row] * (1 + epsilon * rng.normal(size=x[row].shape))
         x[HUGE] *= 1e20
@@ -184,7 +187,7 @@ def two_scale_rows(rng, epsilon):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A loss, the shape of its parameter, the rows, the factor they lead to, the parameter's size."""
+    """A loss, its parameter's shape, the rows, the factor they lead to, the parameter's size."""
 
     loss_fn: Callable
     shape: tuple[int, ...]
@@ -205,7 +208,9 @@ CASES = {
     "grouped convolution": Case(grouped, (3, 3, 8, 40), images((4, 5, 16), (2, 3, 40)), CONV),
     "depthwise convolution": Case(depthwise, (3, 3, 1, 8), images((6, 6, 4), (4, 4, 8)), CONV),
     "holes in the input": Case(holes, (2, 2, 8, 16), images((3, 3, 8), (4, 4, 16)), CONV),
-    "three dimensions": Case(correlation, (2, 2, 2, 4, 24), images((3, 3, 3, 4), (2, 2, 2, 24)), CONV),
+    "three dimensions": Case(
+        correlation, (2, 2, 2, 4, 24), images((3, 3, 3, 4), (2, 2, 2, 24)), CONV
+    ),
     "frames": Case(frames, (3, 3, 8, 32), images((2, 4, 4, 8), (2, 2, 2, 32)), CONV),
     "table": Case(lookup, (20, 12), table_rows(20, 16, 12), LOOKUP),
     "table of few rows": Case(lookup, (40, 6), table_rows(40, 16, 6), LOOKUP),
@@ -214,7 +219,9 @@ CASES = {
     "tied, many tokens": Case(tied, (80, 60), tied_rows(80, 24, 60), SUM),
     "decay": Case(decayed, (20, 16), token_rows(4, 20, 16), SUM, 1e-3),
     "decay of a table": Case(decayed_lookup, (30, 8), table_rows(30, 20, 8), SUM, 1e-3),
-    "decay of a kernel": Case(decayed_correlation, (3, 3, 8, 32), images((5, 5, 8), (3, 3, 32)), SUM, 1e-3),
+    "decay of a kernel": Case(
+        decayed_correlation, (3, 3, 8, 32), images((5, 5, 8), (3, 3, 32)), SUM, 1e-3
+    ),
     "both ways": Case(both_ways, (20, 16), token_rows(3, 20, 16, again=True), SUM),
     "two scales": Case(two_scales, (3, 3, 8, 20), two_scale_rows, SUM),
     "layers": Case(layers, (3, 16, 20), layer_rows, SUM),
@@ -230,7 +237,9 @@ def operands(name, seed):
     case, rng = CASES[name], np.random.default_rng(seed)
     w = np.float32(case.scale * rng.normal(size=case.shape))
     leaves = case.rows(rng, 10.0 ** rng.uniform(-7, -2))
-    rows = [x.astype(np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32) for x in leaves]
+    rows = [
+        x.astype(np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32) for x in leaves
+    ]
     return w, tuple(rows), np.float32(10.0 ** rng.uniform(-3, 3))
 
 
@@ -333,32 +342,81 @@ def test_what_a_row_holds_moves_no_other_row_by_a_bit(name, seed):
     rough = operands(name, seed)[1]
     for changed in (CANCELLING, HUGE_CANCELLING, HUGE, TINY):
         keep = np.arange(NUM_ROWS) != changed
-        mixed = jax.tree.map(lambda a, b: np.where(keep[(..., *[None] * (a.ndim - 1))], a, b),
-                             batch, rough)  # fmt: skip
+        mixed = jax.tree.map(np.copy, batch)
+        for leaf, its in zip(mixed, rough):
+            leaf[changed] = its[changed]
         found = compiled(name)[0](w, mixed, clip)
         for figure in ("norms", "bounds", "weights", "contributions"):
             pairs = zip(jax.tree.leaves(found[figure]), jax.tree.leaves(calm[figure]))
             assert all(np.array_equal(a[keep], b[keep]) for a, b in pairs), (figure, changed)
 
 
-@pytest.mark.parametrize("num_tokens", [pytest.param(4, marks=pytest.mark.slow), 16])
-def test_one_row_moves_a_large_sum_of_equal_rows_by_no_more_than_is_stated(num_tokens):
-    """512 rows of one direction: were all of them clipped otherwise for one, the sum would tell."""
-    rng, num_rows, d = np.random.default_rng(0), 512, 96
-    loss_fn = lambda w, batch: decayed(w, batch) - 0.5 * jnp.sum(w**2)
-    x, g = (np.repeat(np.float32(rng.normal(size=(1, num_tokens, d))), num_rows, 0) for _ in "xg")
-    half = num_tokens // 2
-    bad_x, bad_g = x.copy(), g.copy()
-    bad_x[0, half:] = x[0, :half]
-    bad_g[0] = opposite(rng, g[0] * 1e4, 0, 1e-5)
-    w = jnp.zeros((d, d))
-    grad = kernels.clipped_grad(loss_fn, l2_clip_norm=1.0)
-    padding = jnp.arange(num_rows) == 0
-    without = [np.float64(grad(w, batch, is_padding_example=padding)) for batch in [(x, g)]]
-    usual, other = np.float64(grad(w, (x, g))), np.float64(grad(w, (bad_x, bad_g)))
-    rounding = 4 * num_rows * 2.0**-24
-    assert np.linalg.norm(other - usual) <= grad.sensitivity("REPLACE_ONE") + rounding
-    for total in (usual, other):
-        assert np.linalg.norm(total - without[0]) <= grad.sensitivity("ZERO_OUT") + rounding
-    turned = np.float64(grad(w, (x, np.concatenate([-g[:1], g[1:]]))))
-    assert np.linalg.norm(turned - usual) >= grad.sensitivity("REPLACE_ONE") * (1 - 1e-2)
+BATCH, TOKENS, WIDTH, CLIP = 512, 16, 96, 1.0
+KINDS = ("clipped", "automatic", "normalized", "layer", "units")
+OPTIONS = {
+    "plain": {},
+    "rescaled": {"rescale_to_unit_norm": True},
+    "divided": {"normalize_by": 3.0},
+    "microbatches": {"microbatch_size": 128},
+}
+
+
+def product(w, batch):
+    x, g = batch
+    return jnp.sum((x @ w) * g) / x.shape[0]
+
+
+@jax.jit
+def sums(batch, padding):
+    """Every clipped sum of a batch, and what is stated of it."""
+    w = jnp.zeros((WIDTH, WIDTH))
+    grads = kernels.per_example(product)(w, batch, is_padding_example=padding)
+    units = grads.by_unit(jnp.arange(BATCH), num_units=BATCH, max_rows_per_unit=1)
+    figures = {
+        "clipped": grads.clipped_sum(CLIP),
+        "automatic": grads.automatic_sum(CLIP, gamma=0.0),
+        "normalized": grads.normalized_sum(),
+        "layer": grads.layer_clipped_sum(CLIP),
+        "units": units.clipped_sum(CLIP),
+    }
+    for name, options in OPTIONS.items():
+        grad = kernels.clipped_grad(product, l2_clip_norm=CLIP, **options)
+        figures[name] = grad(w, batch, is_padding_example=padding)
+    return figures
+
+
+def stated(kind):
+    if kind in KINDS:
+        return CLIP
+    return kernels.clipped_grad(product, l2_clip_norm=CLIP, **OPTIONS[kind]).sensitivity()
+
+
+def test_one_row_moves_a_large_sum_by_no_more_than_is_stated():
+    """512 rows of one direction: were all clipped otherwise because of one, their sum would tell.
+
+    Their tokens cancel as far as the Gram trick is trusted with, so that its bound is wide.
+    """
+    rng = np.random.default_rng(0)
+    x, g = (rng.normal(size=(BATCH, TOKENS, WIDTH)) for _ in "xg")
+    x[:] = np.concatenate([x[0, : TOKENS // 2]] * 2)
+    first = {"itself": (x[0], opposite(rng, g[0], 0, 0.25))}
+    g[:] = first["itself"][1]
+    first["opposite"] = x[0], -g[0]
+    first["cancelling"] = x[0], opposite(rng, g[0], 0, 1e-2)
+    first["huge"], first["tiny"] = (x[0] * 1e18, g[0] * 1e12), (x[0] * 1e-18, g[0] * 1e-8)
+    found = {}
+    for name, (left, right) in first.items():
+        rows = x.astype(np.float32), g.astype(np.float32)
+        rows[0][0], rows[1][0] = left, right
+        padding = np.arange(BATCH) % 2 == 1  # half of the rows are none, whatever they hold
+        rows[0][padding] *= np.float32(10.0 ** rng.integers(-9, 9))
+        found[name] = sums(rows, padding)
+    found["padding"] = sums(rows, padding | (np.arange(BATCH) == 0))
+    for kind in found["itself"]:
+        rounding = 4 * BATCH * 2.0**-24 * stated(kind)
+        totals = {name: np.float64(each[kind]) for name, each in found.items()}
+        gaps = [np.linalg.norm(one - other) for one in totals.values() for other in totals.values()]
+        assert max(gaps) <= 2 * stated(kind) + rounding, kind
+        away = [np.linalg.norm(total - totals["padding"]) for total in totals.values()]
+        assert max(away) <= stated(kind) + rounding, kind
+        assert max(away) >= stated(kind) * (1 - 2e-2), kind
