@@ -337,7 +337,19 @@ linen(
     lambda nn: nn.Sequential([nn.Embed(11, 6), nn.RMSNorm(), nn.Dense(4)]),
     ids(11, 3),
 )
-linen("LSTM", "product vector", lambda nn: nn.RNN(nn.LSTMCell(12)), floats(3, 10))
+
+
+def lstm(nn):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            start = jnp.zeros((x.shape[0], 12), x.dtype)
+            return nn.RNN(nn.LSTMCell(12))(x, initial_carry=(start, start))
+
+    return Net()
+
+
+linen("LSTM", "product vector", lstm, floats(3, 10))
 
 
 def scanned_linen(nn):
@@ -370,9 +382,15 @@ nnx(
     lambda nn, rngs: nn.MultiHeadAttention(2, 16, decode=False, rngs=rngs),
     floats(3, 16),
 )
-nnx("embedding attending", "factored",
-    lambda nn, rngs: (lambda e: nn.Sequential(e, jnp.tanh, e.attend))(nn.Embed(30, 20, rngs=rngs)),
-    ids(30, 3))  # fmt: skip
+
+
+def attending(nn, rngs):
+    embed = nn.Embed(30, 20, rngs=rngs)
+    embed.dtype = None  # that of the table, whatever it becomes
+    return nn.Sequential(embed, jnp.tanh, embed.attend)
+
+
+nnx("embedding attending", "factored", attending, ids(30, 3))
 nnx("layer norm and low rank", "factored vector",
     lambda nn, rngs: nn.Sequential(nn.LayerNorm(12, rngs=rngs), nn.LoRA(12, 2, 8, rngs=rngs)),
     floats(12))  # fmt: skip

@@ -1,6 +1,7 @@
 """Every rule for factored gradients, alone and combined, against vmap(grad)."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -133,25 +134,120 @@ def test_figures_equal_those_of_materialised_gradients_in_float64(name, seed):
 
 @every
 @pytest.mark.slow
-def test_a_row_that_is_not_finite_changes_no_other(name):
-    params, batch, vector = drawn(name, 0, jnp.float32)
-    (leaf,) = jax.tree.leaves(batch)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        pytest.skip("ids are finite")
-    others = leaf[2::-1]
+def test_a_row_that_is_not_finite_changes_no_other_by_a_bit(name):
+    """Each row has a factor of its loss beside it, so that rows of ids can be spoilt as well."""
+    loss_fn = architecture(name)[0]
+    params, rows, _ = drawn(name, 0, jnp.float32)
     weights = jnp.arange(1.0, NUM_ROWS + 1)
-    figures, _ = figures_of(name)
-    clean = figures(params, leaf, others, weights.at[1].set(0), vector, 1.0)
-    for poison in (np.nan, np.inf, 3e38):
-        bad = leaf.at[1].set(poison)
-        dirty = figures(params, bad, others, weights, vector, 1.0)
-        if bool(dirty["paths"].is_finite[1]):
-            continue  # saturated: a row like any other
-        keep = np.arange(NUM_ROWS) != 1
-        np.testing.assert_allclose(dirty["norms"][keep], clean["norms"][keep], rtol=1e-6)
-        assert not dirty["norms"][1]
-        assert_near(flat(dirty["sum"]), flat(clean["sum"]), 1e-6)
-        assert not np.any(rows_of(dirty["materialize"])[1])
+
+    @jax.jit
+    def figures(batch, weights):
+        grads = per_example(lambda p, b: loss_fn(p, b[0]) * b[1][0])(params, batch)
+        clip_weights = grads.clip_weights(0.01)
+        return {
+            "is_finite": grads.is_finite,
+            "rows": (grads.norms(), grads.norm_bounds(), clip_weights, grads.materialize()),
+            "sums": (grads.sum(weights), grads.sum(weights * clip_weights)),
+        }
+
+    clean = figures((rows, jnp.ones(NUM_ROWS)), weights.at[1].set(0))
+    keep = np.arange(NUM_ROWS) != 1
+    spoilt = [(rows, jnp.ones(NUM_ROWS).at[1].set(bad)) for bad in (np.nan, np.inf, 3e38)]
+    if jnp.issubdtype(rows.dtype, jnp.floating):
+        spoilt += [(rows.at[1].set(bad), jnp.ones(NUM_ROWS)) for bad in (np.nan, -np.inf, 3e38)]
+    for batch in spoilt:
+        dirty = figures(batch, weights)
+        bad = not all(np.all(np.isfinite(leaf[1])) for leaf in batch)
+        assert not (bad and dirty["is_finite"][1])
+        for mine, its in zip(jax.tree.leaves(dirty["rows"]), jax.tree.leaves(clean["rows"])):
+            assert np.array_equal(mine[keep], its[keep])
+        if dirty["is_finite"][1]:
+            continue  # saturated, or large: a row like any other
+        assert not np.any(dirty["rows"][0][1])
+        assert not np.any(rows_of(dirty["rows"][-1])[1])
+        for mine, its in zip(jax.tree.leaves(dirty["sums"]), jax.tree.leaves(clean["sums"])):
+            assert np.array_equal(mine, its)
+
+
+def narrowed(tree):
+    """Floating-point leaves in bfloat16."""
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if floating(x) else x, tree)
+
+
+@every
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parameters", "compute"])
+def test_sums_are_in_float32_where_parameters_or_compute_are_in_bfloat16(name, kind):
+    """Against the rows multiplied out in float32, and those against bfloat16's own gradients."""
+    loss_fn, paths = architecture(name)[0], architecture(name)[3]
+    params, batch, vector = drawn(name, 0, jnp.float32)
+    if kind == "parameters":
+        params, batch, vector = map(narrowed, (params, batch, vector))
+        loss = loss_fn
+    else:
+        loss = lambda p, x: loss_fn(narrowed(p), narrowed(x)).astype(jnp.float32)
+    weights = np.random.default_rng(1).normal(size=NUM_ROWS)
+
+    @jax.jit
+    def figures(params, batch):
+        grads = per_example(loss)(params, batch)
+        return {
+            "rows": [factor.materialize() for factor in grads.factors],
+            "norms": grads.norms(),
+            "upper": grads.norms() + grads.norm_bounds(),
+            "sum": grads.sum(jnp.asarray(weights, jnp.float32), dtype=jnp.float32),
+            "own": grads.sum(),
+            "dot": grads.dot(vector),
+            "gram": grads.gram(),
+            "paths": grads,
+        }
+
+    @jax.jit
+    def slow(params, batch):
+        one = lambda row: jax.grad(loss)(params, jax.tree.map(lambda leaf: leaf[None], row))
+        return jax.vmap(one)(batch)
+
+    found, rows = figures(params, batch), rows_of(slow(params, batch))
+    wide = rows_of(found["rows"])
+    assert_near(wide, rows, 2.0**-5)
+    norms = np.linalg.norm(wide, axis=1)
+    assert found["norms"].dtype == found["gram"].dtype == jnp.float32
+    np.testing.assert_allclose(found["norms"], norms, rtol=1e-5)
+    assert np.all(norms <= np.float64(found["upper"]) * (1 + 2.0**-20))
+    assert_near(flat(found["sum"]), weights @ wide, 1e-5)
+    assert_near(found["gram"], wide @ wide.T, 1e-5)
+    scale = norms * np.linalg.norm(flat(vector))
+    assert np.all(np.abs(found["dot"] - wide @ flat(vector)) <= 1e-5 * scale)
+    assert [x.dtype for x in jax.tree.leaves(found["own"])] == [
+        x.dtype for x in jax.tree.leaves(params)
+    ]
+    assert {row.path for row in found["paths"].explain().rows} <= paths | {"factored", "product"}
+
+
+@every
+@pytest.mark.slow
+def test_a_second_call_compiles_nothing(name):
+    loss_fn = architecture(name)[0]
+    rows = per_example(loss_fn)
+
+    def ask(seed):
+        params, batch, vector = drawn(name, seed, jnp.float32)
+        grads = rows(params, batch)
+        grads.norms(), grads.norm_bounds(), grads.dot(vector), grads.gram(), grads.sum()
+        grads.clipped_sum(0.1 + seed), grads.layer_clipped_sum(1.0), grads.automatic_sum(1.0)
+
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    ask(0)
+    logging.getLogger("jax").addHandler(handler)
+    try:
+        with jax.log_compiles():
+            ask(1)
+    finally:
+        logging.getLogger("jax").removeHandler(handler)
+    assert not [message for message in messages if message.startswith("Compiling")]
 
 
 def test_the_zoo_is_large_and_no_fast_name_is_missing():
