@@ -6,6 +6,7 @@ A product is sum_i w_i M_i v / num_rows + damping v. A kind of curvature gives `
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,38 +73,48 @@ def products(
 ) -> Callable[..., Params]:
     """The function (params, batch, vectors, *, weights, num_rows, keys, leave_out) -> products.
 
-    whole: (params, batch) -> (v -> sum_i M_i v), the rows seen together. Where every row weighs
-      one it is tried first: rows as batches of one cost a tenth more, and their masks another.
+    whole: (params, batch) -> (mean loss, v -> mean_i M_i v), the rows seen together. Where every
+      row weighs one it is tried first: rows as batches of one cost a tenth more, their masks
+      another. A mean loss that is finite says that every row's is.
     """
 
     def summed(params, batch, weights, keys, vectors, at_once):
         def sums(weights, rows, live):
             linear = _cpu.linear(maps(params, rows, jnp.where(live, weights, 0), keys))
-            return over_tangents(linear, vectors, at_once)
+            return over_tangents(lambda v: _with_badness(linear(v)), vectors, at_once)
 
         def without_bad_rows(_):
             kept = live & usable(params, batch, keys)
-            again = sums(weights, fill_rows(batch, kept), kept)
+            again, _ = sums(weights, fill_rows(batch, kept), kept)
             any_left = jnp.any(kept)
             return jax.tree.map(lambda leaf: jnp.where(any_left, leaf, 0).astype(leaf.dtype), again)
 
         # A dead row that spoils the sum is only then replaced: copying the batch costs a tenth.
         live = (weights != 0) & finite_rows(batch)
-        usual = sums(weights, batch, live)
-        bad = not_finite(jax.tree.leaves(lax.stop_gradient(usual)))
-        return lax.cond(bad, without_bad_rows, lambda kept: kept, usual)
+        usual, bad = sums(weights, batch, live)
+        return lax.cond(jnp.any(bad), without_bad_rows, lambda kept: kept, usual)
 
-    def together(params, batch, vectors, at_once, whole=whole):
+    def together(params, batch, vectors, at_once, finish, whole=whole):
         def row_by_row(_):
             weights = jnp.ones((num_rows_of(batch),))
-            return summed(params, batch, weights, None, vectors, at_once)
+            sums = summed(params, batch, weights, None, vectors, at_once)
+            means = jax.tree.map(lambda leaf: leaf / max(1, len(weights)), _wide(sums))
+            return jax.tree.map(finish, means, vectors)
 
-        usual = over_tangents(_cpu.linear(whole(params, batch)), vectors, at_once)
-        seen = [*jax.tree.leaves(usual), *filter(is_inexact, jax.tree.leaves(batch))]
+        mean, linear = whole(params, batch)
+        linear = _cpu.linear(linear)
+        finished = lambda v: jax.tree.map(finish, _wide(linear(v)), v)
+        usual = over_tangents(finished, vectors, at_once)
+        seen = [mean, *filter(is_inexact, jax.tree.leaves(batch))]
         bad = not_finite(lax.stop_gradient(seen))
         return lax.cond(bad, row_by_row, lambda kept: kept, usual)
 
     return driven(summed, options, together if whole else None)
+
+
+def _with_badness(product):
+    """A product, and whether it is spoilt: looked at while it is in the cache."""
+    return product, not_finite(jax.tree.leaves(lax.stop_gradient(product)))
 
 
 def driven(
@@ -112,7 +123,8 @@ def driven(
     """The same from `summed`, (params, batch, weights, keys, vectors, at_once) -> sum_i w_i M_i v.
 
     Microbatches, one row left out for each vector, the divisor and the damping are added to it.
-    together: (params, batch, vectors, at_once) -> sum_i M_i v, for a whole batch without weights.
+    together: (params, batch, vectors, at_once, finish) -> finish(mean_i M_i v, v), for a whole
+      batch without weights.
     """
 
     def summed_at(at_once):
@@ -161,12 +173,12 @@ def driven(
 
     def placed_together(params, batch, vectors, weights, num_rows, keys, leave_out):
         params, vectors = local_params((params, vectors), (batch, weights, keys))
-        count = jnp.sum(weights) if num_rows is None else jnp.asarray(num_rows, weights.dtype)
+        share = None if num_rows is None else _inverse(jnp.asarray(num_rows)) * len(weights)
+        finish = functools.partial(_finish, share, options.damping)
         with jax.default_matmul_precision("highest"):
             at_once = _tangents_at_once(options, summed, (params, batch, weights, keys), vectors)
-            product = _cpu.in_loops(lambda *operands: see_together(*operands, at_once))
-            sums = _wide(product(params, batch, vectors))
-        return _finished(sums, vectors, count, options.damping)
+            product = _cpu.in_loops(lambda *operands: see_together(*operands, at_once, finish))
+            return product(params, batch, vectors)
 
     def placed(params, batch, vectors, weights, num_rows, keys, leave_out):
         params, vectors = local_params((params, vectors), (batch, weights, keys))
@@ -181,20 +193,27 @@ def driven(
                 sums = jax.tree.map(jnp.subtract, sums, own)
                 if num_rows is None:
                     count = count - jnp.where(rows >= 0, weights[rows], 0)
-        return _finished(sums, vectors, count, options.damping)
+        finish = functools.partial(_finish, _inverse(count), options.damping)
+        return jax.tree.map(finish, sums, vectors)
 
     return many
 
 
-def _finished(sums, vectors, count, damping):
-    """sums / count + damping v in the parameters' dtypes; `count` may be one for each vector."""
-    scale = jnp.where(count == 0, 0.0, 1.0 / jnp.where(count == 0, 1.0, count))
+def _inverse(count):
+    """1 / count, and 0 of 0: nothing divided by no rows leaves the damping."""
+    return jnp.where(count == 0, 0.0, 1.0 / jnp.where(count == 0, 1.0, count))
 
-    def finish(total, vector):
-        by_vector = scale.reshape(scale.shape + (1,) * (total.ndim - 1) * scale.ndim)
-        return (by_vector * total + damping * vector).astype(vector.dtype)
 
-    return jax.tree.map(finish, sums, vectors)
+def _finish(scale, damping, product, vector):
+    """scale * product + damping * vector in the parameters' dtype; `scale` None is one.
+
+    `scale` may be one for each vector.
+    """
+    if scale is not None:
+        product = scale.reshape(scale.shape + (1,) * (product.ndim - 1) * scale.ndim) * product
+    if not (isinstance(damping, int | float) and damping == 0):
+        product = product + damping * vector
+    return product.astype(vector.dtype)
 
 
 def over_tangents(function: Callable[[Any], Any], vectors: Any, at_once: int) -> Any:

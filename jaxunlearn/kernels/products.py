@@ -14,7 +14,7 @@ from jaxunlearn.kernels._splits import (
     usable_rows,
     weighted_total,
 )
-from jaxunlearn.kernels.rowwise import num_rows_of, row_losses, widened
+from jaxunlearn.kernels.rowwise import row_losses, widened
 from jaxunlearn.types import Batch, LossFn
 
 
@@ -92,10 +92,12 @@ def hvp_many(
         return jax.linearize(jax.grad(total), params)[1]
 
     def whole(params, batch):
-        def total(p):
-            return widened(loss_fn(p, batch)) * num_rows_of(batch)
+        def mean(p):
+            value = widened(loss_fn(p, batch))
+            return value, value
 
-        return jax.linearize(jax.grad(total), params)[1]
+        _, product, value = jax.linearize(jax.grad(mean, has_aux=True), params, has_aux=True)
+        return value, product
 
     options = Options(damping, microbatch_size, tangents_at_once)
     return products(maps, usable_rows(loss_fn), options, whole)
@@ -167,11 +169,12 @@ def ggn_vp_many(
     def whole(params, batch):
         outputs, jacobian = jax.linearize(lambda p: outputs_fn(p, batch), params)
 
-        def total(z):
-            return widened(outputs_loss(z, batch)) * num_rows_of(batch)
+        def mean(z):
+            value = widened(outputs_loss(z, batch))
+            return value, value
 
-        curvature = jax.linearize(jax.grad(total), outputs)[1]
-        return sandwiched(jacobian, curvature, params)
+        _, curvature, value = jax.linearize(jax.grad(mean, has_aux=True), outputs, has_aux=True)
+        return value, sandwiched(jacobian, curvature, params)
 
     options = Options(damping, microbatch_size, tangents_at_once)
     return products(maps, usable_rows(split_loss(outputs_fn, outputs_loss)), options, whole)
