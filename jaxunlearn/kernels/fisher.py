@@ -248,7 +248,8 @@ def empirical_fisher_vp(
       A function (params, batch, vector, *, weights=None, num_rows=None, keys=None, leave_out=None)
       -> product, as in `hvp`; a row whose inputs, loss or gradient are not finite contributes zero.
 
-    Cost: at most 4/3 gradients' flops a call. Memory: the factors of a microbatch.
+    Cost: at most four forward passes' flops a call, 4/3 of a deep network's gradient. Memory: the
+    factors of a microbatch.
 
     References: Kunstner et al. 2019, "Limitations of the empirical Fisher approximation", eq. 3.
 
@@ -269,7 +270,8 @@ def empirical_fisher_vp_many(
 ):
     """`empirical_fisher_vp` for a stack of vectors; arguments as `hvp_many`.
 
-    Cost: at most 2/3 of a gradient's flops a vector beside one pass for the factors.
+    Cost: at most two forward passes' flops a vector, 2/3 of a deep network's gradient, beside one
+    forward and one backward pass for the factors.
 
     >>> products = empirical_fisher_vp_many(lambda w, batch: jnp.mean(batch * w))
     >>> products(1.0, jnp.array([1.0, 3.0]), jnp.array([1.0, 2.0]))

@@ -36,7 +36,8 @@ def hvp(loss_fn: LossFn, *, damping: float = 0.0, microbatch_size: int | None = 
       keys: typed keys of shape (B,), `example_keys(step_key, ids)`, for a loss that takes a key.
       leave_out: a row whose weight is taken as zero, its share of the divisor included; -1: none.
       A row whose inputs or loss are not finite contributes zero, as in `weighted_grad`. Where only
-      its derivatives are not, or the vector, neither is the product: nothing is left out unseen.
+      its derivatives are not, or the vector where H meets it, neither is the product: nothing is
+      left out unseen.
       Inside `shard_map` it is the product over the local rows.
 
     Cost: at most three gradients' flops a call, about 1.5 gradients' time; a microbatch where a

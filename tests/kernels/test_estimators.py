@@ -103,6 +103,33 @@ def test_hutch_pp_is_exact_on_low_rank_and_ahead_where_the_spectrum_decays(x64):
     assert abs(z_scores(plus, truth).mean()) < 0.5
 
 
+class Counted:
+    """An operator that notes how many vectors each product was given."""
+
+    def __init__(self, operator):
+        self.operator, self.given = operator, []
+
+    @property
+    def domain(self):
+        return self.operator.domain
+
+    def __matmul__(self, vectors):
+        self.given.append(len(jax.tree.leaves(vectors)[0]))
+        return self.operator @ vectors
+
+
+def test_products_are_as_many_as_stated():
+    key, dense = jax.random.key(5), Dense(jnp.asarray(matrix_of(5), jnp.float32))
+    for estimator in (kernels.hutchinson_trace, kernels.hutchinson_diagonal):
+        counted = Counted(dense)
+        estimator(counted, key=key, num_probes=5)
+        assert counted.given == [5]
+    for num_products, spent in ((6, 6), (8, 6), (9, 9)):
+        counted = Counted(dense)
+        kernels.hutch_pp_trace(counted, key=key, num_products=num_products)
+        assert sum(counted.given) == spent
+
+
 @pytest.mark.parametrize(
     ("estimator", "options"),
     [

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxunlearn import kernels
 from jaxunlearn.kernels import example_keys
 from tests import oracles
+from tests.kernels.costs import flops, without_branches
 
 ROWS, FEATURES, CLASSES = 6, 4, 3
 
@@ -168,3 +169,26 @@ def test_a_row_that_is_not_finite_leaves_the_fisher_matrices_of_the_others(x64):
     empirical = jax.jit(kernels.empirical_fisher_vp_many(loss))
     want = empirical(params, batch[kept], vectors, num_rows=ROWS)
     assert oracles.relative_gap(empirical(params, batch, vectors, num_rows=ROWS), want) < 1e-12
+
+
+@pytest.mark.slow
+def test_fisher_products_cost_what_their_docstrings_say():
+    """Vectors are told from set-up by the flops of two and of four; branches are counted out."""
+    rng = np.random.default_rng(9)
+    shapes = {"w": (96, 96), "v": (96, 8)}
+    params = {name: rng.normal(size=s).astype(np.float32) / 9 for name, s in shapes.items()}
+    batch = rng.normal(size=(64, 96)).astype(np.float32)
+    loss = lambda p, b: jnp.mean(jnp.sum(outputs(p, b) ** 2, -1))
+    gradient = flops(jax.grad(loss), params, batch)
+    forward = flops(outputs, params, batch)
+    exact = kernels.fisher_vp(outputs, kernels.gaussian())
+    usual = lambda function: lambda *args: without_branches(function, *args)
+    assert flops(usual(exact), params, batch, params) < 5 / 3 * 1.05 * gradient + forward
+    assert flops(kernels.empirical_fisher_vp(loss), params, batch, params) < 4 * 1.05 * forward
+    vectors = [jax.tree.map(lambda leaf, k=k: np.stack([leaf] * k), params) for k in (2, 4)]
+    many = kernels.fisher_vp_many(outputs, kernels.gaussian(), tangents_at_once=8)
+    two, four = (flops(usual(many), params, batch, v) for v in vectors)
+    assert (four - two) / 2 < 4 / 3 * 1.05 * gradient
+    empirical = kernels.empirical_fisher_vp_many(loss, tangents_at_once=8)
+    two, four = (flops(empirical, params, batch, v) for v in vectors)
+    assert (four - two) / 2 < 2 * 1.05 * forward

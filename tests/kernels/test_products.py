@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxunlearn.kernels import _primitives, example_keys, ggn_vp, ggn_vp_many, hvp, hvp_many
 from tests import oracles
+from tests.kernels.costs import flops, without_branches
 
 ROWS, FEATURES = 7, 4
 seeds = st.integers(0, 2**32 - 1)
@@ -414,6 +415,31 @@ def test_a_row_with_a_loss_and_no_gradient_is_not_left_out_unseen(x64):
     assert np.any(np.isnan(rows_of(got)))
 
 
+def test_a_row_without_a_loss_is_left_out_also_where_its_curvature_is_finite(x64):
+    params, batch, vectors, _ = root_problem()
+    batch["x"][[1, 5]] = 1.0
+    loss = lambda p, b: jnp.mean((b["x"] @ p["w"]) ** 2 + jnp.log(2.0 - b["x"][:, 0]))
+    many = jax.jit(hvp_many(loss))
+    clean = jax.tree.map(lambda leaf: np.delete(leaf, 4, axis=0), batch)
+    want = rows_of(many(params, clean, vectors, num_rows=ROWS))
+    assert oracles.relative_gap(rows_of(many(params, batch, vectors)), want) < 1e-13
+    weighted = many(params, batch, vectors, weights=np.ones(ROWS))
+    assert oracles.relative_gap(rows_of(weighted), want) < 1e-13
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_a_whole_batch_is_a_batch_of_ones_whatever_the_divisor(damping, x64):
+    params, batch, vectors, _ = root_problem()
+    batch["x"][[1, 4, 5]] = 1.0
+    many = jax.jit(hvp_many(root_loss, damping=damping))
+    for options in ({}, {"num_rows": 3}, {"num_rows": 0}):
+        got = many(params, batch, vectors, **options)
+        want = many(params, batch, vectors, weights=np.ones(ROWS), **options)
+        assert oracles.relative_gap(rows_of(got), rows_of(want)) < 1e-13 or not np.any(
+            rows_of(want)
+        )
+
+
 def test_gauss_newton_leaves_out_a_row_without_finite_outputs(x64):
     params, batch, vectors, good = root_problem()
     outputs = lambda p, b: jnp.sqrt(b["x"] @ p["w"]) + jnp.log(2.0 - b["x"][:, 0]) + p["b"]
@@ -450,10 +476,6 @@ def test_half_precision_parameters_do_not_add_microbatches_up_in_half_precision(
     assert product(jnp.bfloat16(1), batch, jnp.bfloat16(1)) == 1.0
 
 
-def flops(function, *args):
-    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
-
-
 def test_products_cost_what_their_docstrings_say():
     rng = np.random.default_rng(15)
     sizes = (64, 96, 96, 8)
@@ -476,26 +498,6 @@ def test_products_cost_what_their_docstrings_say():
     ):
         two, four = (flops(usual(make(tangents_at_once=8)), params, batch, v) for v in vectors)
         assert (four - two) / 2 < bound * gradient
-
-
-def without_branches(function, *args):
-    """`function` with every `cond` replaced by its branch for finite sums, for counting."""
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    values = {}
-    read = lambda atom: atom.val if hasattr(atom, "val") else values[atom]
-    values.update(zip(closed.jaxpr.constvars, closed.consts))
-    values.update(zip(closed.jaxpr.invars, jax.tree.leaves(args)))
-    for eqn in closed.jaxpr.eqns:
-        operands = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name == "cond":
-            branch = eqn.params["branches"][0]
-            out = jax.core.eval_jaxpr(branch.jaxpr, branch.consts, *operands[1:])
-        else:
-            out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-            out = out if eqn.primitive.multiple_results else [out]
-        values.update(zip(eqn.outvars, out))
-    outputs = [read(atom) for atom in closed.jaxpr.outvars]
-    return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
 
 def test_a_second_call_compiles_nothing():

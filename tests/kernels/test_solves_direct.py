@@ -1,5 +1,6 @@
 """Series, Woodbury, Nystrom, refinement and preconditioners, against dense algebra."""
 
+import collections
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxunlearn.kernels import per_example
+from jaxunlearn.kernels import lbfgs, per_example
 from jaxunlearn.kernels.solves import (
     Solution,
     cg,
@@ -213,6 +214,34 @@ def test_woodbury_never_forms_the_gradients(x64):
     assert f"f64[{ROWS},6]" not in text
 
 
+class Counted:
+    """Per-example gradients that count the calls of their methods."""
+
+    def __init__(self, gradients):
+        self.gradients, self.calls = gradients, collections.Counter()
+
+    def __getattr__(self, name):
+        value = getattr(self.gradients, name)
+        if not callable(value):
+            return value
+
+        def counted(*args):
+            self.calls[name] += 1
+            return value(*args)
+
+        return counted
+
+
+def test_woodbury_takes_as_many_products_as_it_says():
+    params, batch, rhs, _ = model(2)
+    for rounds in (0, 2):
+        gradients = Counted(per_example(squares)(params, batch))
+        found = woodbury(damping=0.1, num_refinements=rounds)(gradients, row_of(rhs, 0))
+        assert int(found.num_iterations) == 1 + 2 * rounds
+        spent = 1 + 2 * rounds + 1
+        assert gradients.calls == {"gram": 1, "dot": spent, "sum": spent}
+
+
 def test_woodbury_leaves_out_rows_that_are_not_finite_and_flags_negative_weights(x64):
     params, (x, y), rhs, weights = model(1)
     spoilt = (x.at[2].set(jnp.nan), y)
@@ -335,6 +364,28 @@ def test_the_inverse_as_preconditioner_needs_one_step(x64):
     matrix, rhs = system(0)
     inverse = jnp.linalg.inv(jnp.asarray(matrix))
     assert int(cg(preconditioner=times(inverse))(times(matrix), rhs).num_iterations) == 1
+
+
+def test_pairs_of_one_solve_precondition_the_next(x64):
+    """With the curvature along the seven largest directions one eigenvalue is left to find."""
+    matrix, rhs = system(5)
+    _, directions = np.linalg.eigh(matrix)
+    memory = lbfgs.init(jnp.zeros(SIZE), SIZE - 1)
+    for s in directions.T[1:]:
+        memory, _ = lbfgs.push(memory, jnp.asarray(s), jnp.asarray(matrix @ s))
+    plain = cg(tol=1e-8)(times(matrix), rhs)
+    helped = cg(tol=1e-8, preconditioner=lambda v: lbfgs.inverse_product(memory, v))(
+        times(matrix), rhs
+    )
+    assert int(plain.num_iterations) == SIZE
+    assert int(helped.num_iterations) <= 2
+    assert oracles.relative_gap(helped.x, np.linalg.solve(matrix, rhs)) < 1e-8
+    sides = jnp.stack([rhs, 2 * rhs, rhs**2])
+    many = cg(many=True, tol=1e-8, preconditioner=lambda v: lbfgs.inverse_product_many(memory, v))(
+        jax.vmap(times(matrix)), sides
+    )
+    assert np.all(many.num_iterations <= 2)
+    assert oracles.relative_gap(many.x.T, np.linalg.solve(matrix, sides.T)) < 1e-8
 
 
 @pytest.mark.parametrize("factor", [-1.0, 0.0, np.nan])

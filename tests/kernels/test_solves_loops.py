@@ -42,8 +42,8 @@ def side(name):
 class Counted:
     """A dense product that counts the vectors it is given, inside XLA loops too."""
 
-    def __init__(self):
-        self.rows = 0
+    def __init__(self, matrix=MATRIX):
+        self.matrix, self.rows = matrix, 0
 
     def _add(self, x):
         self.rows += int(np.prod(x.shape[:-1]))
@@ -52,7 +52,7 @@ class Counted:
     def __call__(self, x):
         shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
         x = jax.pure_callback(self._add, shape, x, vmap_method="expand_dims")
-        return jnp.matmul(x, jnp.asarray(MATRIX, x.dtype).T)
+        return jnp.matmul(x, jnp.asarray(self.matrix, x.dtype).T)
 
 
 @pytest.mark.parametrize("loop", ["host", pytest.param("unrolled", marks=pytest.mark.slow)])
@@ -124,6 +124,16 @@ def test_products_are_as_many_as_stated(name, x64):
     solution = MAKERS[name](max_iterations=2, loop="device")(matvec, jnp.asarray(rhs), x0=guess)
     jax.block_until_ready(solution)
     assert matvec.rows == sides * (2 + 2)
+
+
+@pytest.mark.parametrize("maker", [cg, minres])
+def test_the_preconditioner_is_called_as_often_as_stated(maker, x64):
+    matvec, scaled = Counted(), Counted(np.diag(1 / np.diag(MATRIX)))
+    solution = maker(preconditioner=scaled, tol=1e-6, loop="device")(matvec, jnp.asarray(RHS))
+    jax.block_until_ready(solution)
+    assert int(solution.num_iterations) >= 2
+    assert scaled.rows == solution.num_iterations + 1
+    assert matvec.rows == solution.num_iterations + 1
 
 
 @pytest.mark.slow
