@@ -32,7 +32,8 @@ def convolved(x, w, *, stride=1, groups=1, lhs_dilation=1):
     num = w.ndim - 2
     spatial, each = "DHW"[-num:], lambda value: (value,) * num
     return lax.conv_general_dilated(
-        x, w, each(stride), "VALID", lhs_dilation=each(lhs_dilation), feature_group_count=groups,
+        x, w, each(stride), each((0, 0)), lhs_dilation=each(lhs_dilation),
+        feature_group_count=groups,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
     )  # fmt: skip
 
@@ -203,10 +204,10 @@ depthwise = functools.partial(correlation, groups=4)
 holes = functools.partial(correlation, lhs_dilation=2)
 CASES = {
     "convolution, Gram": Case(correlation, (3, 3, 8, 32), images((5, 5, 8), (3, 3, 32)), CONV),
-    "convolution, product": Case(correlation, (3, 3, 2, 4), images((8, 8, 2), (6, 6, 4)), CONV),
-    "strided taps": Case(strided, (9, 3, 4), images((33, 3), (13, 4)), CONV),
+    "convolution, product": Case(correlation, (3, 3, 8, 16), images((8, 8, 8), (6, 6, 16)), CONV),
+    "strided taps": Case(strided, (9, 8, 16), images((37, 8), (15, 16)), CONV),
     "grouped convolution": Case(grouped, (3, 3, 8, 40), images((4, 5, 16), (2, 3, 40)), CONV),
-    "depthwise convolution": Case(depthwise, (3, 3, 1, 8), images((6, 6, 4), (4, 4, 8)), CONV),
+    "depthwise convolution": Case(depthwise, (3, 3, 1, 32), images((4, 4, 4), (2, 2, 32)), CONV),
     "holes in the input": Case(holes, (2, 2, 8, 16), images((3, 3, 8), (4, 4, 16)), CONV),
     "three dimensions": Case(
         correlation, (2, 2, 2, 4, 24), images((3, 3, 3, 4), (2, 2, 2, 24)), CONV
@@ -216,13 +217,15 @@ CASES = {
     "table of few rows": Case(lookup, (40, 6), table_rows(40, 16, 6), LOOKUP),
     "table of one id": Case(lookup, (11, 12), table_rows(11, 1, 12), LOOKUP),
     "tied": Case(tied, (30, 24), tied_rows(30, 8, 24), SUM),
-    "tied, many tokens": Case(tied, (80, 60), tied_rows(80, 24, 60), SUM),
+    "tied, many tokens": Case(tied, (80, 60), tied_rows(80, 20, 60), SUM),
     "decay": Case(decayed, (20, 16), token_rows(4, 20, 16), SUM, 1e-3),
     "decay of a table": Case(decayed_lookup, (30, 8), table_rows(30, 20, 8), SUM, 1e-3),
     "decay of a kernel": Case(
         decayed_correlation, (3, 3, 8, 32), images((5, 5, 8), (3, 3, 32)), SUM, 1e-3
     ),
-    "both ways": Case(both_ways, (20, 16), token_rows(3, 20, 16, again=True), SUM),
+    "both ways": Case(
+        both_ways, (40, 36), token_rows(3, 40, 36, again=True), factors.Outer
+    ),
     "two scales": Case(two_scales, (3, 3, 8, 20), two_scale_rows, SUM),
     "layers": Case(layers, (3, 16, 20), layer_rows, SUM),
 }  # fmt: skip
@@ -287,7 +290,7 @@ def fitted(name, w, batch, clip):
     """The batch with one row whose norm is the clip norm, and one a millionth above."""
     norms = np.linalg.norm(exact(name, w, batch), axis=1)
     for row, size in [(EDGE, 1.0), (ABOVE, 1 + 1e-6)]:
-        for leaf in batch[1:2] if len(batch) < 4 else batch[1::2]:
+        for leaf in batch[1::2] if len(batch) == 4 else batch[1:]:
             leaf[row] *= np.float32(clip * size / norms[row])
     return batch
 
@@ -316,7 +319,8 @@ def test_no_contribution_exceeds_the_clip_norm(name, seed):
     batch = fitted(name, w, batch, clip)
     contributions = judge(name, w, batch, clip)[1]
     largest = np.linalg.norm(contributions, axis=1)
-    assert np.all(largest[[HUGE, ABOVE]] >= clip * (1 - 2e-2))
+    near = [HUGE] if CASES[name].scale else [HUGE, ABOVE]
+    assert np.all(largest[near] >= clip * (1 - 2e-2))
 
 
 @every
