@@ -5,6 +5,9 @@ any order is off by at most n u times the sum of their magnitudes (Higham 2002, 
 here count roundings, times u, with a margin that covers the second-order terms.
 """
 
+import functools
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -12,6 +15,9 @@ from jaxtyping import Array, Float, Int
 
 SLACK = 16
 """Roundings granted to square roots, products and scalings, whose number never depends on sizes."""
+
+Parts = tuple[Array, Array]
+"""A norm r 2^e as (r, e)."""
 
 _BLOCK = 1024
 _BITS = {"float32": (jnp.int32, 23, 127), "float64": (jnp.int64, 52, 1023)}
@@ -68,28 +74,55 @@ def relative_bound(n: int, dtype) -> float:
     return (additions(n) + SLACK) * unit_roundoff(dtype)
 
 
-def norm_parts(x: Float[Array, "*b n"]) -> tuple[Float[Array, "*b"], Int[Array, "*b"]]:
+def norm_parts(x: Float[Array, "*b n"]) -> Parts:
     """(r, e) with ||x||_2 = r 2^e over the last axis; r is zero or in [1/2, 1)."""
-    shape = x.shape[:-1]
-    # As a matrix, so that XLA sees that a bias and its weight share a factor.
-    x = x.astype(widened(x)).reshape(size_of(shape), x.shape[-1])
-    squares = sum_squares(x)
-    low, high = (float(getattr(jnp.finfo(x.dtype), name)) for name in ("tiny", "max"))
+    return all_norm_parts([x])[0]
 
-    # What squares below `tiny` can hide is far below one rounding of a sum this large.
-    safe = (squares > low * 2.0**40) & (squares < high * 2.0**-20)
 
-    def scaled():
-        e = exponent(jnp.max(jnp.abs(x), axis=-1, initial=0))
-        total = sum_squares(scale_by(x, -e[:, None]))
-        # Row by row: a large row must not change how another is rounded.
-        return jnp.sqrt(jnp.where(safe, squares, total)), jnp.where(safe, 0, e)
+def all_norm_parts(arrays: Sequence[Array]) -> list[Parts]:
+    """`norm_parts` of each array. One guard is for all: every branch is compiled for its own."""
+    # As matrices, so that XLA sees that a bias and its weight share a factor.
+    matrices = [x.astype(widened(x)).reshape(size_of(x.shape[:-1]), x.shape[-1]) for x in arrays]
+    squares = [sum_squares(x) for x in matrices]
+    safe = [_are_safe(own) for own in squares]
 
     def plain():
-        return jnp.sqrt(squares), jnp.isnan(squares).astype(jnp.int32) * 0  # as local as squares
+        zero = lambda own: jnp.isnan(own).astype(jnp.int32) * 0  # as local as `own`
+        return [(jnp.sqrt(own), zero(own)) for own in squares]
 
-    r, e = (part.reshape(shape) for part in lax.cond(jnp.all(safe), plain, scaled))
-    return scale_by(r, -exponent(r)), e + exponent(r)
+    def guarded():
+        rows = zip(safe, squares, map(_scaled_squares, matrices))
+        return [
+            (jnp.sqrt(jnp.where(ok, own, new)), jnp.where(ok, 0, e)) for ok, own, (new, e) in rows
+        ]
+
+    every = functools.reduce(jnp.logical_and, map(jnp.all, safe), jnp.bool_(True))
+    found = []
+    for x, (r, e) in zip(arrays, lax.cond(every, plain, guarded)):
+        own = exponent(r)
+        found.append((scale_by(r, -own).reshape(x.shape[:-1]), (e + own).reshape(x.shape[:-1])))
+    return found
+
+
+def _are_safe(squares: Array) -> Array:
+    """Which sums of squares have not left the range; NaN stays NaN however it is scaled.
+
+    What squares below `tiny` can hide is far below one rounding of a sum this large.
+    """
+    low, high = (float(getattr(jnp.finfo(squares.dtype), name)) for name in ("tiny", "max"))
+    return ((squares > low * 2.0**40) & (squares < high * 2.0**-20)) | jnp.isnan(squares)
+
+
+def _guarded(safe: Array, squares: Array, x: Array) -> Parts:
+    """(r, e) row by row: a large row must not change how another is rounded."""
+    scaled, e = _scaled_squares(x)
+    return jnp.sqrt(jnp.where(safe, squares, scaled)), jnp.where(safe, 0, e)
+
+
+def _scaled_squares(x: Float[Array, "*b n"]) -> Parts:
+    """(s, e) with ||x||_2^2 = s 4^e, whatever the magnitudes."""
+    e = exponent(jnp.max(jnp.abs(x), axis=-1, initial=0))
+    return sum_squares(scale_by(x, -e[..., None])), e
 
 
 def norm(x: Float[Array, "*b n"]) -> Float[Array, "*b"]:
@@ -102,7 +135,9 @@ def joint_norm(norms: list[Float[Array, " b"]], num_examples: int) -> Float[Arra
     if not norms:
         return jnp.zeros((num_examples,), jnp.float32)
     dtype = widened(*norms)
-    return norm(jnp.stack([n.astype(dtype) for n in norms], axis=-1))
+    # Few numbers: no branch is worth its compilation.
+    squares, e = _scaled_squares(jnp.stack([n.astype(dtype) for n in norms], axis=-1))
+    return scale_by(jnp.sqrt(squares), e)
 
 
 def contract(subscripts: str, *arrays: Array) -> Array:

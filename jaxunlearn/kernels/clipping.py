@@ -323,7 +323,6 @@ def _transformed(grads: PerExampleGradients, transform: Callable) -> PerExampleG
         is_finite=is_finite,
         num_non_finite=jnp.sum(~is_finite, dtype=jnp.int32),
         factors=cleaned(factors, jnp.all(is_finite), is_finite),
-        is_clean=jnp.all(jnp.isfinite(sizes)),
         paths=(),
         dtypes=tuple(leaf.dtype for leaf in leaves),
         treedef=treedef,

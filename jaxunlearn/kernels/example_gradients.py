@@ -38,7 +38,7 @@ class Explanation:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        *("losses", "is_finite", "num_non_finite", "factors", "is_clean", "is_padding", "aux"),
+        *("losses", "is_finite", "num_non_finite", "factors", "is_padding", "aux"),
     ],
     meta_fields=["paths", "dtypes", "treedef", "specs"],
 )
@@ -75,7 +75,6 @@ class PerExampleGradients:
     dtypes: tuple[Any, ...] = dataclasses.field(repr=False)
     treedef: Any = dataclasses.field(repr=False)
     specs: tuple[Any, ...] = dataclasses.field(repr=False)
-    is_clean: Bool[Array, ""] = dataclasses.field(repr=False)
     is_padding: Bool[Array, " b"] | None = None
     aux: PyTree = None
 

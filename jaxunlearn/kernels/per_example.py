@@ -17,7 +17,7 @@ from jaxunlearn.kernels._meshes import placed_as_rows, specs_of
 from jaxunlearn.kernels._rules import LeafPath, factored
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
 from jaxunlearn.kernels.factors import Dense, cleaned
-from jaxunlearn.kernels.rowwise import finite_rows, local_params, num_rows_of
+from jaxunlearn.kernels.rowwise import local_params, num_rows_of
 from jaxunlearn.types import Batch, LossFn, Params
 
 
@@ -182,14 +182,14 @@ def evaluate_rows(
 def _evaluate_rows(row_loss, params, rows, keys, shared, padding, spmd_axis_name, specs):
     params = local_params(params, (rows, keys))
     num_rows = num_rows_of(rows)
-    live = finite_rows(rows) if padding is None else finite_rows(rows) & ~padding
-    operands = (params, jax.tree.map(functools.partial(_harmless, live), rows), keys, shared)
+    live = _finite_rows(rows) if padding is None else _finite_rows(rows) & ~padding
+    operands = (params, rows, keys, shared)
     axes = (None, 0, None if keys is None else 0, None)
     value_and_grad = jax.value_and_grad(row_loss, has_aux=True)
     mapped = jax.vmap(value_and_grad, in_axes=axes, spmd_axis_name=spmd_axis_name)
     named, treedef = jax.tree_util.tree_flatten_with_path(params)
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in named]
-    loss, aux, found = _factored(mapped, operands, names)
+    loss, aux, found, shared_by = _factored(mapped, operands, names)
     sizes = _stable.joint_norm([factor.size for factor, _ in found], num_rows)
     is_usable = jnp.isfinite(sizes)
     # The barrier keeps XLA from working this out again for every element that it masks.
@@ -201,9 +201,8 @@ def _evaluate_rows(row_loss, params, rows, keys, shared, padding, spmd_axis_name
         is_finite=is_finite,
         num_non_finite=jnp.sum(~is_finite, dtype=jnp.int32),
         factors=cleaned(
-            tuple(factor for factor, _ in found), jnp.all(is_finite & is_usable), finite
+            tuple(factor for factor, _ in found), jnp.all(is_finite & is_usable), finite, shared_by
         ),
-        is_clean=jnp.all(is_usable),
         is_padding=padding,
         aux=_aux(aux, kept),
         paths=tuple(path for _, path in found),
@@ -213,6 +212,19 @@ def _evaluate_rows(row_loss, params, rows, keys, shared, padding, spmd_axis_name
     )
 
 
+def _finite_rows(rows: Batch) -> Bool[Array, " b"]:
+    """Which rows are finite in every inexact leaf; zero times anything else is NaN.
+
+    XLA on CPU sums in the pass that multiplies, where `all(isfinite(x))` writes a mask as large.
+    """
+    finite = jnp.ones((num_rows_of(rows),), bool)
+    for leaf in jax.tree.leaves(rows):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            flat = jnp.asarray(leaf).reshape(leaf.shape[0], _stable.size_of(leaf.shape[1:]))
+            finite &= jnp.isfinite(jnp.sum(0 * flat, axis=1))
+    return finite
+
+
 def _factored(mapped: Callable, operands: tuple, names: list[str]):
     """Losses, aux, and a factor with its explanation for each gradient that `mapped` returns."""
     closed, shapes = jax.make_jaxpr(mapped, return_shape=True)(*operands)
@@ -220,32 +232,22 @@ def _factored(mapped: Callable, operands: tuple, names: list[str]):
         (loss, aux), gradients = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         factors = [Dense.of(leaf) for leaf in jax.tree.leaves(gradients)]
         row = lambda name, f: LeafPath(name, f.value.shape[1:], "materialised", f.floats, "no rows")
-        return loss, aux, [(f, row(name, f)) for name, f in zip(names, factors, strict=True)]
+        return loss, aux, [(f, row(name, f)) for name, f in zip(names, factors, strict=True)], {}
     treedef: Any = jax.tree.structure(shapes[0][1])
     per_row = (False, True, True, False)  # params, rows, keys, shared
     varies = [own for own, part in zip(per_row, operands) for _ in jax.tree.leaves(part)]
     num_plain = 1 + treedef.num_leaves
-    (loss, *aux), found = factored(closed, jax.tree.leaves(operands), varies, num_plain, names)
-    return loss, jax.tree.unflatten(treedef, aux), found
+    (loss, *aux), found, shared_by = factored(
+        closed, jax.tree.leaves(operands), varies, num_plain, names
+    )
+    return loss, jax.tree.unflatten(treedef, aux), found, shared_by
 
 
 def _aux(aux: PyTree, kept: Callable) -> PyTree:
-    """Zeros in the rows that do not count, which were not computed from their own inputs."""
+    """Zeros in the rows that do not count; a key has no zero and stays."""
     return jax.tree.map(lambda leaf: leaf if _is_key(leaf) else kept(jnp.asarray(leaf)), aux)
 
 
 def _is_key(leaf) -> bool:
     """Whether a leaf is an array of typed keys."""
     return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
-
-
-def _harmless(live: Array, leaf: Array) -> Array:
-    """The first live row in place of those that are not; zeros where none is.
-
-    Rows do not meet in a vmap; but a row of zeros is not harmless to a loss that normalises it, and
-    masking its gradients would copy every factor.
-    """
-    if _is_key(leaf) or live.shape[0] == 0:
-        return leaf
-    donor = jnp.where(jnp.any(live), leaf[jnp.argmax(live)], jnp.zeros_like(leaf[0]))
-    return jnp.where(live.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, donor)

@@ -105,7 +105,6 @@ def _merge(grads, units_of_rows, num_units: int, max_rows: int) -> "PerExampleGr
         is_finite=is_finite,
         num_non_finite=jnp.sum(~is_finite, dtype=jnp.int32),
         factors=cleaned(tuple(merged), jnp.all(is_finite), is_finite),
-        is_clean=jnp.all(jnp.isfinite(sizes)),
         is_padding=None,
         aux=None,
     )

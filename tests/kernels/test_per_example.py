@@ -1,5 +1,7 @@
 """Factored per-example gradients: against vmap(grad), and for what no reference shows."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -359,6 +361,46 @@ def test_a_row_that_is_not_finite_contributes_zero_and_changes_no_other_by_a_bit
     assert np.array_equal(flat(dirty.sum(weights.at[2].set(jnp.nan))), flat(without))
     assert np.all(np.isfinite(flat(dirty.clipped_sum(1.0))))
     assert not np.any(rows_of(dirty.materialize())[2])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_poisoned_input_is_left_out_of_sums_that_read_it_block_by_block(transposed):
+    """784 columns are several blocks, and the input is on either side of the product."""
+    w = normal(0, 300, 784) if transposed else normal(0, 784, 300)
+    x = normal(1, NUM_ROWS, 784) / 30
+    loss_fn = lambda w, x: squared(x @ (w.T if transposed else w), 0.1)
+    keep = np.arange(NUM_ROWS) != 2
+    rows = reference(loss_fn, w, x)[keep]
+
+    @jax.jit
+    def figures(w, x):
+        grads = per_example(loss_fn)(w, x)
+        return grads.sum(), grads.clipped_sum(0.1), grads.norms(), grads.norm_bounds()
+
+    for poison in (np.nan, np.inf):
+        total, clipped, norms, bounds = figures(w, x.at[2, 700].set(poison))
+        assert_near(flat(total), rows.sum(0))
+        upper = np.float64(norms + bounds)[keep]
+        assert_near(flat(clipped), np.minimum(1, 0.1 / upper) @ rows)
+
+
+def test_temporary_memory_is_near_that_of_the_plain_gradient():
+    def used(function, *operands):
+        return jax.jit(function).lower(*operands).compile().memory_analysis().temp_size_in_bytes
+
+    widths, batch = (784, 256, 256, 10), jnp.ones((256, 784))
+    params = [(jnp.ones((m, n)), jnp.ones(n)) for m, n in itertools.pairwise(widths)]
+
+    def loss_fn(params, x):
+        for w, b in params[:-1]:
+            x = jax.nn.relu(x @ w + b)
+        return squared(x @ params[-1][0] + params[-1][1], 1.0)
+
+    clipped = lambda p, x: per_example(loss_fn)(p, x).clipped_sum(1.0)
+    assert used(clipped, params, batch) <= 1.5 * used(jax.grad(loss_fn), params, batch)
+    regression = lambda w, x: squared(x @ w, 1.0)
+    clipped = lambda w, x: per_example(regression)(w, x).clipped_sum(1.0)
+    assert used(clipped, jnp.ones((784, 10)), batch) < batch.nbytes / 2  # the input is not copied
 
 
 def test_a_gradient_that_is_not_finite_is_counted_though_input_and_loss_are():

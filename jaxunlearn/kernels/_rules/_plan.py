@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxunlearn.kernels._jaxpr import Call, Node, argument, evaluate, trace
 from jaxunlearn.kernels._rules import _convolution, _loops, _moves, _products, _tables
-from jaxunlearn.kernels._rules._trail import VECTORS, Form, Trail, walk
+from jaxunlearn.kernels._rules._trail import VECTORS, Form, Trail, unmoved, walk
 from jaxunlearn.kernels._stable import size_of
 from jaxunlearn.kernels.factors import (
     Conv,
@@ -15,9 +15,12 @@ from jaxunlearn.kernels.factors import (
     Lookup,
     Outer,
     Placed,
+    Plan,
     Shared,
     Sum,
+    built,
     gram_is_cheaper,
+    unmeasured,
 )
 
 __all__ = ["LeafPath", "factored"]
@@ -38,7 +41,7 @@ class LeafPath:
 
 def factored(
     closed, args: Sequence[Any], varies: Sequence[bool], num_plain: int, names: Sequence[str]
-) -> tuple[list[Any], list[tuple[Factor, LeafPath]]]:
+) -> tuple[list[Any], list[tuple[Factor, LeafPath]], dict[int, Any]]:
     """Evaluate a jaxpr whose last outputs are gradients, (B, *shape), and those as factors.
 
     Args:
@@ -46,23 +49,47 @@ def factored(
       num_plain: how many outputs come before the gradients.  names: one for every gradient.
 
     Returns:
-      The first outputs, and for each gradient its factor, and the row that says which it is.
+      The first outputs; for each gradient its factor, and the row that says which it is; and by
+      the ids of the factors' arrays the matrices that they are reshaped from, for `cleaned`.
     """
     inputs = [argument(arg, varied) for arg, varied in zip(args, varies, strict=True)]
     effects: list[Call] = []
     outputs = trace(closed, inputs, effects)
     plain, gradients = outputs[:num_plain], outputs[num_plain:]
     plans = [_plan(node) for node in gradients]
-    wanted = [*plain, *(node for form, _, _ in plans for node in form.leaves)]
-    values = evaluate(wanted, dict(zip(inputs, args)), effects)
+    leaves = [node for form, _, _ in plans for node in form.leaves]
+    origins = {node: unmoved(node) for node in leaves}
+    values = evaluate([*plain, *origins.values()], dict(zip(inputs, args)), effects)
+    shared = _as_shared(origins, values)
+    factors = built([_factor_plan(form, path, values) for form, path, _ in plans])
     found = []
-    for name, node, (form, path, reason) in zip(names, gradients, plans, strict=True):
-        factor = form.build(values)
-        if path == "product":
-            factor = Dense.of(factor.materialize())
-        shape = tuple(node.shape[1:])
-        found.append((factor, LeafPath(name, shape, path, factor.floats, reason)))
-    return [values[node] for node in plain], found
+    for name, node, plan, factor in zip(names, gradients, plans, factors, strict=True):
+        _, path, reason = plan
+        found.append((factor, LeafPath(name, tuple(node.shape[1:]), path, factor.floats, reason)))
+    return [values[node] for node in plain], found, shared
+
+
+def _as_shared(origins: dict[Node, Node], values: dict[Node, Any]) -> dict[int, Any]:
+    """Add the nodes to the values of what they are moved from; matrices by the id of the arrays.
+
+    Arrays of the same numbers are of the same matrix: a bias and its weight have a factor together.
+    """
+    matrices: dict[tuple, Any] = {}
+    shared = {}
+    for node, origin in origins.items():
+        key = origin, node.shape[:1]
+        if key not in matrices:
+            shape = (*node.shape[:1], size_of(node.shape[1:]))
+            matrices[key] = values[origin].reshape(shape) if node.shape else values[origin]
+        values[node] = matrices[key].reshape(node.shape)
+        shared[id(values[node])] = matrices[key]
+    return shared
+
+
+def _factor_plan(form: Form, path: str, values: dict[Node, Any]) -> Plan:
+    """How the factor is made, multiplied out where that is its path."""
+    plan = form.plan(values)
+    return Dense.plan(unmeasured(plan).materialize()) if path == "product" else plan
 
 
 def _plan(node: Node) -> tuple[Form, str, str]:

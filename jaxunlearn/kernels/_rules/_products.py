@@ -25,12 +25,22 @@ def _dot_general(node: Node, trail: Trail):
         lengths = [tuple(operand.shape[a] for a in axes) for axes in (others, contract_axes, free)]
         order = (batch[position], *others, *contract_axes, *free)
         shape = (operand.shape[batch[position]], *(size_of(length) for length in lengths))
-        moved = derive(lambda x: x.transpose(order).reshape(shape), operand)
+        moved = derive(lambda x: _ordered(x, order).reshape(shape), operand)
         return moved, lengths[0], lengths[2]
 
     left, blocks, left_free = canonical(node.operands[0], batched[0], contracted[0])
     right, _, right_free = canonical(node.operands[1], batched[1], contracted[1])
     return outer(left, right, (blocks, left_free, right_free), trail)
+
+
+def _ordered(x, order: tuple[int, ...]):
+    """`x` with its axes in `order`, not transposed where only axes of length one change places.
+
+    XLA on CPU gives such a transpose a layout of its own, and copies what it has already.
+    """
+    long = [axis for axis in order if x.shape[axis] > 1]
+    moves = long != sorted(long)
+    return x.transpose(order) if moves else x.reshape([x.shape[axis] for axis in order])
 
 
 def outer(left: Node, right: Node, shapes: tuple[tuple[int, ...], ...], trail: Trail) -> Form:

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxunlearn.kernels._jaxpr import Node, derive
+from jaxunlearn.kernels._jaxpr import Derived, Node, derive
 from jaxunlearn.kernels._stable import size_of, widened
-from jaxunlearn.kernels.factors import Conv, Factor, Lookup, Outer, Steps, Sum
+from jaxunlearn.kernels.factors import Conv, Lookup, Outer, Plan, Steps, Sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +75,16 @@ class Form:
     static: tuple[Any, ...] = ()
     parts: tuple["Form", ...] = ()
 
-    def build(self, values: dict[Node, Any]) -> Factor:
-        """The factor, once its arrays are computed."""
+    def plan(self, values: dict[Node, Any]) -> Plan:
+        """How the factor is made, once its arrays are computed."""
         if self.parts:
-            return Sum.of(tuple(part.build(values) for part in self.parts), *self.static)
-        return self.kind.of(*(values[node] for node in self.nodes), *self.static)
+            return Sum.plan([part.plan(values) for part in self.parts], *self.static)
+        if self.kind is Outer:
+            given = [is_given(node) for node in self.nodes]
+            side = "left" if given[0] else "right" if given[1] else None
+            (left, right), (steps,) = (values[node] for node in self.nodes), self.static
+            return Outer.plan(left, right, steps, side)
+        return self.kind.plan(*(values[node] for node in self.nodes), *self.static)
 
     @property
     def leaves(self) -> tuple[Node, ...]:
@@ -128,6 +134,38 @@ def source(node: Node) -> Node:
     while node.primitive in MOVES:
         node = node.operands[0]
     return node
+
+
+def unmoved(node: Node) -> Node:
+    """The earliest node with the same numbers in the same order, whatever its shape."""
+    while len(node.operands) == 1 and _keeps_order(node):
+        node = node.operands[0]
+    return node
+
+
+def _keeps_order(node: Node) -> bool:
+    """Whether a node of one operand reshapes it, and does nothing else."""
+    (before,) = node.operands
+    if size_of(before.shape) != size_of(node.shape) or before.dtype != node.dtype:
+        return False
+    if node.primitive == "transpose":
+        long = [axis for axis in node.params["permutation"] if before.shape[axis] > 1]
+        return long == sorted(long)
+    if isinstance(node.call, Derived):
+        operand = jax.ShapeDtypeStruct(before.shape, before.dtype)
+        traced = jax.make_jaxpr(node.call.function)(operand)
+        return all(eqn.primitive.name in _RESHAPES for eqn in traced.jaxpr.eqns)
+    return node.primitive in (*_RESHAPES, "reduce_sum")  # which here adds up nothing
+
+
+_RESHAPES = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy"})
+
+
+def is_given(node: Node) -> bool:
+    """Whether a node is an argument that was at most moved: an array that is the caller's."""
+    while node.varies and node.primitive in (*MOVES, "derived") and len(node.operands) == 1:
+        node = node.operands[0]
+    return node.varies and node.call is None
 
 
 def without(items, axis: int) -> tuple[int, ...]:

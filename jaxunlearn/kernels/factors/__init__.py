@@ -20,7 +20,17 @@ from jaxunlearn.kernels.factors._dense import Dense, Placed, Shared
 from jaxunlearn.kernels.factors._lookup import Lookup
 from jaxunlearn.kernels.factors._masked import cleaned
 from jaxunlearn.kernels.factors._outer import Outer, gram_is_cheaper, gram_is_tight
-from jaxunlearn.kernels.factors._protocol import LOOSE, Factor, Steps, gram_by_rows, pack, unpack
+from jaxunlearn.kernels.factors._protocol import (
+    LOOSE,
+    Factor,
+    Plan,
+    Steps,
+    built,
+    gram_by_rows,
+    pack,
+    unmeasured,
+    unpack,
+)
 from jaxunlearn.kernels.factors._sum import Sum
 
 __all__ = [
@@ -32,13 +42,16 @@ __all__ = [
     "Lookup",
     "Outer",
     "Placed",
+    "Plan",
     "Shared",
     "Steps",
     "Sum",
+    "built",
     "cleaned",
     "gram_by_rows",
     "gram_is_cheaper",
     "gram_is_tight",
     "pack",
+    "unmeasured",
     "unpack",
 ]

@@ -14,7 +14,9 @@ from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._stable import contract, size_of, unit_roundoff, widened
 from jaxunlearn.kernels.factors._protocol import (
     Factor,
+    Plan,
     Steps,
+    built,
     gram_by_rows,
     pack,
     take_rows,
@@ -77,8 +79,12 @@ class Conv:
     @classmethod
     def of(cls, left: Array, right: Array, geometry: Geometry, steps: Steps) -> "Conv":
         """Computes `size` = |left| |right| sqrt(number of taps), by Cauchy and Schwarz."""
-        parts = [_stable.norm_parts(x.reshape(x.shape[0], -1)) for x in (left, right)]
-        (first, e), (second, f) = parts
+        return built([cls.plan(left, right, geometry, steps)])[0]
+
+    @classmethod
+    def plan(cls, left: Array, right: Array, geometry: Geometry, steps: Steps) -> Plan:
+        """`of`, as a plan."""
+        (first, e), (second, f) = yield [x.reshape(x.shape[0], -1) for x in (left, right)]
         product = first * second * size_of(geometry.taps) ** 0.5
         return cls(left, right, _stable.scale_by(product, e + f), geometry, steps)
 
@@ -310,5 +316,5 @@ def _balanced(left: Array, right: Array) -> tuple[Array, Array, Array]:
     """Both factors scaled by powers of two so that neither norm exceeds one; and the exponent."""
     dtype = widened(left, right)
     left, right = left.astype(dtype), right.astype(dtype)
-    (_, e), (_, f) = (_stable.norm_parts(x.reshape(x.shape[0], -1)) for x in (left, right))
+    (_, e), (_, f) = _stable.all_norm_parts([x.reshape(x.shape[0], -1) for x in (left, right)])
     return _scaled(left, -e), _scaled(right, -f), e + f

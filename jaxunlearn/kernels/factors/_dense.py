@@ -12,7 +12,9 @@ from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._stable import contract, size_of
 from jaxunlearn.kernels.factors._protocol import (
     Factor,
+    Plan,
     Steps,
+    built,
     gram_by_rows,
     pack,
     take_rows,
@@ -32,7 +34,13 @@ class Dense:
     @classmethod
     def of(cls, value: Array) -> "Dense":
         """Computes `size` = the norm of each row."""
-        return cls(value, _stable.norm(value.reshape(value.shape[0], size_of(value.shape[1:]))))
+        return built([cls.plan(value)])[0]
+
+    @classmethod
+    def plan(cls, value: Array) -> Plan:
+        """`of`, as a plan."""
+        [parts] = yield [value.reshape(value.shape[0], size_of(value.shape[1:]))]
+        return cls(value, _stable.scale_by(*parts))
 
     @property
     def floats(self) -> int:
@@ -99,7 +107,13 @@ class Shared:
     @classmethod
     def of(cls, value: Array, num_examples: int) -> "Shared":
         """Computes `size` = the norm of the one gradient, for each row."""
-        norm = _stable.norm(value.ravel())
+        return built([cls.plan(value, num_examples)])[0]
+
+    @classmethod
+    def plan(cls, value: Array, num_examples: int) -> Plan:
+        """`of`, as a plan."""
+        [parts] = yield [value.ravel()]
+        norm = _stable.scale_by(*parts)
         return cls(value, jnp.ones((num_examples,), norm.dtype), jnp.full((num_examples,), norm))
 
     @property
@@ -159,7 +173,13 @@ class Placed:
     @classmethod
     def of(cls, value: Array, steps: Steps) -> "Placed":
         """Computes `size` = the norm of each row."""
-        return cls(Dense.of(value), steps)
+        return built([cls.plan(value, steps)])[0]
+
+    @classmethod
+    def plan(cls, value: Array, steps: Steps) -> Plan:
+        """`of`, as a plan."""
+        inner = yield from Dense.plan(value)
+        return cls(inner, steps)
 
     @property
     def size(self) -> Array:

@@ -11,7 +11,9 @@ from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._stable import contract, unit_roundoff
 from jaxunlearn.kernels.factors._protocol import (
     Factor,
+    Plan,
     Steps,
+    built,
     gram_by_rows,
     pack,
     take_rows,
@@ -43,7 +45,12 @@ class Lookup:
     @classmethod
     def of(cls, index: Array, rows: Array, num_rows: int, steps: Steps) -> "Lookup":
         """Computes `size` = sum_t |rows_i[t]|, which the norm cannot exceed."""
-        norms, exponents = _stable.norm_parts(rows)
+        return built([cls.plan(index, rows, num_rows, steps)])[0]
+
+    @classmethod
+    def plan(cls, index: Array, rows: Array, num_rows: int, steps: Steps) -> Plan:
+        """`of`, as a plan."""
+        [(norms, exponents)] = yield [rows]
         top = jnp.max(exponents, axis=1, initial=jnp.iinfo(jnp.int32).min // 2)
         total = jnp.sum(_stable.scale_by(norms, exponents - top[:, None]), axis=1)
         return cls(index, rows, _stable.scale_by(total, top), num_rows, steps)

@@ -6,15 +6,17 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxunlearn.kernels import _stable
-from jaxunlearn.kernels._stable import contract, size_of, unit_roundoff, widened
+from jaxunlearn.kernels._stable import Parts, contract, size_of, unit_roundoff, widened
 from jaxunlearn.kernels.factors._protocol import (
     CHUNK_FLOATS,
     LOOSE,
     Factor,
+    Plan,
     Steps,
+    built,
     gram_by_rows,
     pack,
     row_chunk,
@@ -23,10 +25,15 @@ from jaxunlearn.kernels.factors._protocol import (
     unpack,
     weighted,
 )
+from jaxunlearn.kernels.rowwise import local_params
+
+_MASKED_FLOATS = 1 << 14
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["left", "right", "size"], meta_fields=["steps"]
+    jax.tree_util.register_dataclass,
+    data_fields=["left", "right", "size", "live"],
+    meta_fields=["steps", "given"],
 )
 @dataclasses.dataclass(frozen=True)
 class Outer:
@@ -34,21 +41,32 @@ class Outer:
 
     left: (B, S, T, m).  right: (B, S, T, n).  S counts blocks that never meet (attention heads of a
     stacked weight; usually 1), T the tokens that are summed over (1 for a plain dense layer).
+    given: "left" or "right" where that is an input of the caller's: it is not masked, which would
+    copy it, and live, (B,), says in which rows it may be read. None: neither.
     """
 
     left: Float[Array, "b s t m"]
     right: Float[Array, "b s t n"]
     size: Float[Array, " b"]
     steps: Steps
+    given: str | None = None
+    live: Bool[Array, " b"] | None = None
 
     token_axis = 2
 
     @classmethod
     def of(cls, left: Array, right: Array, steps: Steps) -> "Outer":
         """Computes `size` = sqrt(sum_s (sum_t |left| |right|)^2): the norm, for one token."""
-        tokens, scale, _ = _token_norms(left, right)
+        return built([cls.plan(left, right, steps)])[0]
+
+    @classmethod
+    def plan(cls, left: Array, right: Array, steps: Steps, given: str | None = None) -> Plan:
+        """`of`, as a plan."""
+        left_parts, right_parts = yield [left, right]
+        tokens, scale, _ = _token_norms(left_parts, right_parts)
         size = _stable.scale_by(jnp.sqrt(jnp.sum(tokens.sum(-1) ** 2, -1)), scale)
-        return cls(left, right, size, steps)
+        live = None if given is None else jnp.isfinite(size) | True  # as local as `size`
+        return cls(left, right, size, steps, given, live)
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +90,10 @@ class Outer:
         left, right, size = (
             _stable.rows_where(mask, x) for x in (self.left, self.right, self.size)
         )
-        return Outer(left, right, size, self.steps)
+        if self.live is None:
+            return Outer(left, right, size, self.steps)
+        sides = (self.left, right) if self.given == "left" else (left, self.right)
+        return Outer(*sides, size, self.steps, self.given, self.live & mask)
 
     def norms(self) -> tuple[Array, Array]:
         _, num_blocks, num_tokens, m = self.left.shape
@@ -88,14 +109,21 @@ class Outer:
     def sum(self, weights: Array | None) -> Array:
         left, right = self.left, self.right
         if weights is not None:
-            if left.shape[-1] < right.shape[-1]:
+            # The smaller of the two; not what is given, which may be NaN where the weight is zero.
+            smaller = left.shape[-1] < right.shape[-1]
+            if smaller if self.given is None else self.given == "right":
                 left = weighted(weights, left)
             else:
                 right = weighted(weights, right)
-        if left.shape[1] == 1:  # one plain matmul: XLA is slow with a batch axis of length one
-            left, right = (x.reshape(size_of(x.shape[:3]), x.shape[-1]) for x in (left, right))
-            return unpack(contract("km,kn->mn", left, right)[None], self.steps)[0]
-        return unpack(contract("bstm,bstn->smn", left, right)[None], self.steps)[0]
+        left, right = _matrix(left), _matrix(right)
+        if self.live is None:
+            total = _product(left, right)
+        else:
+            live = jnp.repeat(self.live, left.shape[0] // self.live.shape[0])
+            given = functools.partial(_product_of_live, self.given == "left")
+            plain = lambda live, left, right: _product(left, right)
+            total = lax.cond(jnp.all(self.live), plain, given, live, left, right)
+        return unpack(total[None], self.steps)[0]
 
     def dot(self, vector: Array) -> Array:
         moved = contract("bstm,smn->bstn", self.left, pack(vector, self.steps))
@@ -116,6 +144,40 @@ class Outer:
 
     def materialize(self) -> Array:
         return unpack(contract("bstm,bstn->bsmn", self.left, self.right), self.steps)
+
+
+def _matrix(x: Array) -> Array:
+    """(B T, m) for one block: XLA is slow with axes of length one, and gives them odd layouts."""
+    return x.reshape(size_of(x.shape[:3]), x.shape[-1]) if x.shape[1] == 1 else x
+
+
+def _product(left: Array, right: Array) -> Array:
+    """sum_i left_i right_i^T, (S, m, n)."""
+    if left.ndim == 2:
+        return contract("km,kn->mn", left, right)[None]
+    return contract("bstm,bstn->smn", left, right)
+
+
+def _product_of_live(of_left: bool, live: Array, left: Array, right: Array) -> Array:
+    """`_product` without the rows that are not live: zero in the one factor, NaN in the other.
+
+    The other is masked a few columns at a time: it may be as large as the batch.
+    """
+    given, other = (left, right) if of_left else (right, left)
+    length, num_blocks = given.shape[-1], 1 if left.ndim == 2 else left.shape[1]
+    per_column = size_of(given.shape[:-1]) + num_blocks * other.shape[-1]
+    columns = min(max(8, _MASKED_FLOATS // max(1, per_column)), length)
+
+    def add(k, total):
+        start = jnp.minimum(k * columns, length - columns)
+        some = lax.dynamic_slice_in_dim(given, start, columns, axis=-1)
+        some = _stable.rows_where(live, some)
+        product = _product(some, right) if of_left else _product(left, some)
+        return lax.dynamic_update_slice_in_dim(total, product, start, axis=1 if of_left else 2)
+
+    shape = (num_blocks, left.shape[-1], right.shape[-1])
+    zeros = local_params(jnp.zeros(shape, widened(left, right)), (left, right, live))
+    return lax.fori_loop(0, -(-length // max(1, columns)), add, zeros)
 
 
 def _gram_by_chunks(mine: Outer, others: Outer) -> Float[Array, "b c"]:
@@ -160,10 +222,9 @@ def _gram_roundings(num_blocks: int, num_tokens: int, m: int, n: int) -> int:
     return m + n + 2 * num_tokens + num_blocks + _stable.SLACK
 
 
-def _token_norms(left: Array, right: Array) -> tuple[Array, Array, Array]:
+def _token_norms(left: Parts, right: Parts) -> tuple[Array, Array, Array]:
     """(p, e, e_left): |left_t| |right_t| = p 2^e with one e per example, and left's exponents."""
-    left_norm, left_e = _stable.norm_parts(left)
-    right_norm, right_e = _stable.norm_parts(right)
+    (left_norm, left_e), (right_norm, right_e) = left, right
     both = left_e + right_e
     top = jnp.max(both, axis=(1, 2), initial=jnp.iinfo(jnp.int32).min // 2)
     dtype = widened(left_norm, right_norm)
@@ -177,7 +238,7 @@ def _balanced(left: Array, right: Array) -> tuple[Array, Array, Array, Array]:
     Returns (left, right, exponent, size): the product is 2^exponent times that of the new factors,
     none of whose tokens exceeds one in magnitude, and `size` is theirs.
     """
-    tokens, top, left_e = _token_norms(left, right)
+    tokens, top, left_e = _token_norms(*_stable.all_norm_parts([left, right]))
     dtype = tokens.dtype
     left = _stable.scale_by(left.astype(dtype), -left_e[..., None])
     right = _stable.scale_by(right.astype(dtype), (left_e - top[:, None, None])[..., None])

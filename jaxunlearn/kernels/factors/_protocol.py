@@ -1,6 +1,6 @@
 """What every factor has, and the moves from a product to the shape of its parameter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxunlearn.kernels._stable import size_of, unit_roundoff, widened
+from jaxunlearn.kernels._stable import (
+    Parts,
+    all_norm_parts,
+    size_of,
+    unit_roundoff,
+    widened,
+)
 
 LOOSE = 2.0**17
 """A Gram-trick norm whose bound exceeds this many roundings (0.8 percent in float32) is loose."""
@@ -18,6 +24,33 @@ CHUNK_FLOATS = 1 << 22
 Steps = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 """Moves from the product of two factors to the parameter's shape, example axis left out:
 ("reshape", from, to), ("transpose", permutation, ()), or ("pad", before, after) with zeros."""
+
+
+Plan = Generator[list[Array], list[Parts], Any]
+"""How a factor is made: it asks once for the norms of some arrays, over their last axes."""
+
+
+def built(plans: Sequence[Plan]) -> list[Any]:
+    """The factors that the plans make, with one guard against overflow for all their norms."""
+    asked = [next(plan) for plan in plans]
+    answers = iter(all_norm_parts([x for arrays in asked for x in arrays]))
+    return [answered(plan, [next(answers) for _ in own]) for plan, own in zip(plans, asked)]
+
+
+def answered(plan: Plan, norms: list[Parts]) -> Any:
+    """What the plan makes of the norms that it asked for."""
+    try:
+        plan.send(norms)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("A plan asks once.")
+
+
+def unmeasured(plan: Plan) -> Any:
+    """A factor whose `size` means nothing, for what does not read it."""
+    asked = next(plan)
+    norms = [(jnp.ones(x.shape[:-1], widened(x)), jnp.zeros(x.shape[:-1], int)) for x in asked]
+    return answered(plan, norms)
 
 
 class Factor(Protocol):

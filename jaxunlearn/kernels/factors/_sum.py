@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,14 @@ from jaxunlearn.kernels._stable import contract, unit_roundoff
 from jaxunlearn.kernels.factors._dense import Shared
 from jaxunlearn.kernels.factors._lookup import Lookup
 from jaxunlearn.kernels.factors._outer import Outer
-from jaxunlearn.kernels.factors._protocol import Factor, Steps, row_chunk, tightened
+from jaxunlearn.kernels.factors._protocol import (
+    Factor,
+    Plan,
+    Steps,
+    answered,
+    row_chunk,
+    tightened,
+)
 
 
 @functools.partial(
@@ -36,6 +44,14 @@ class Sum:
     def of(cls, parts: tuple[Any, ...], shape: tuple[int, ...]) -> "Sum":
         """Computes `size` = the sum of the parts' sizes."""
         return cls(tuple(parts), functools.reduce(jnp.add, (p.size for p in parts)), shape)
+
+    @classmethod
+    def plan(cls, plans: Sequence[Plan], shape: tuple[int, ...]) -> Plan:
+        """`of` the factors that some plans make, as a plan."""
+        asked = [next(plan) for plan in plans]
+        answers = iter((yield [x for arrays in asked for x in arrays]))
+        parts = [answered(plan, [next(answers) for _ in own]) for plan, own in zip(plans, asked)]
+        return cls.of(tuple(parts), shape)
 
     @property
     def floats(self) -> int:
