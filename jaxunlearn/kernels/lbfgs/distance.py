@@ -6,6 +6,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from jaxunlearn import tree
+from jaxunlearn.kernels._checks import check_number
 from jaxunlearn.kernels.lbfgs import _forms
 from jaxunlearn.kernels.lbfgs._trees import HIGHEST, contract
 from jaxunlearn.kernels.lbfgs.products import inverse_product_many, product_many
@@ -50,6 +51,9 @@ def operator_distance(
     0.75
     """
     _check_alike(memory, other)
+    for name, given in (("scale", scale), ("other_scale", other_scale)):
+        if given is not None:
+            check_number(name, given, above=0)
     if _dimension(memory) <= 2 * (len(memory.pair_owners) + len(other.pair_owners)):
         a = _dense(memory, inverse, scale)
         b = _dense(other, inverse, other_scale)
@@ -88,6 +92,9 @@ def eigenvalue_range(
     >>> [round(float(value), 5) for value in lbfgs.eigenvalue_range(memory, scale=1.0)]
     [0.25, 1.0]
     """
+
+    if scale is not None:
+        check_number("scale", scale, above=0)
 
     def largest(inverse):
         if _dimension(memory) <= 2 * len(memory.pair_owners):

@@ -1,11 +1,16 @@
 """Filling a memory, and asking whose pairs it holds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jaxunlearn.kernels._checks import concrete
+from jaxunlearn.kernels._programs import compiled_once
 from jaxunlearn.kernels.lbfgs._trees import check_like, inner, row_products
 from jaxunlearn.kernels.lbfgs.admission import Admission, curvature, is_usable
 from jaxunlearn.kernels.lbfgs.state import NO_OWNER, LBFGSMemory, is_occupied
@@ -69,7 +74,8 @@ def push(
     Args:
       s: the step, like the parameters.
       y: the change of the gradient along it, both gradients on the same rows.
-      owner: an id, or up to k ids padded with -1, to whom the pair belongs; -1 is nobody.
+      owner: an id, or up to k ids padded with -1, to whom the pair belongs; -1 is nobody. An id is
+        an int32; a traced one of 64 bits that does not fit is nobody.
       gradient_norm: ||g|| where the step began; some rules need it.
       admission: the rule, `curvature()` by default. Whatever it says, a pair whose s's, s'y, y'y
         or their quotients are not positive and finite is not admitted.
@@ -82,6 +88,9 @@ def push(
     donated (`jax.jit(..., donate_argnums=0)`); without donation 2 m parameter counts are copied.
     Each inner product is taken by itself, so that it is the same in every slot, bit for bit.
 
+    Raises:
+      TypeError, ValueError: an owner that is no integer, or that no int32 holds.
+
     >>> memory, admitted = push(init(jnp.zeros(2), 3), jnp.array([1.0, 0.0]), jnp.array([4.0, 0.0]))
     >>> bool(admitted), int(memory.num_pairs), float(memory.pair_gram[0, 0, 0, 1])
     (True, 1, 4.0)
@@ -89,8 +98,14 @@ def push(
     check_like(memory.pairs, s, "s")
     check_like(memory.pairs, y, "y")
     owners = _owner_row(owner, memory.pair_owners.shape[1])
+    rule = admission or curvature()
+    return compiled_once(functools.partial(_push, rule), memory, s, y, owners, gradient_norm)
+
+
+def _push(rule: Admission, memory: LBFGSMemory, s: Params, y: Params, owners, gradient_norm):
+    """`push` of a pair for the ids `owners`."""
     s, y = (jax.tree.map(lambda v, w: jnp.asarray(v, w.dtype), v, memory.pairs) for v in (s, y))
-    y, admitted = (admission or curvature())(memory, s, y, gradient_norm)
+    y, admitted = rule(memory, s, y, gradient_norm)
     admitted = admitted & is_usable(inner(s, s), inner(s, y), inner(y, y))
 
     slot, num_slots = memory.next_slot, memory.pair_owners.shape[0]
@@ -113,6 +128,8 @@ def ages(memory: LBFGSMemory) -> UInt[Array, " m"]:
 
     Right up to 2**32 - 1 offers later, and modulo 2**32 from then on.
 
+    Cost: O(m); the pairs are not read.
+
     >>> memory, _ = push(init(jnp.zeros(1), 2), jnp.ones(1), jnp.ones(1))
     >>> memory, _ = push(memory, jnp.ones(1), jnp.ones(1))
     >>> ages(memory)
@@ -125,17 +142,23 @@ def ages(memory: LBFGSMemory) -> UInt[Array, " m"]:
 def owned(memory: LBFGSMemory, owners: int | Int[Array, "..."]) -> Bool[Array, " m"]:
     """Which slots hold a pair that belongs to any of `owners`, (m,); -1 among them is nobody.
 
+    An id that no int32 holds belongs to nobody: where it is not traced, a `ValueError`.
+
+    Cost: m k comparisons for each of `owners`; the pairs are not read.
+
     >>> memory, _ = push(init(jnp.zeros(1), 2), jnp.ones(1), jnp.ones(1), owner=7)
     >>> owned(memory, jnp.array([7, -1]))
     Array([ True, False], dtype=bool)
     """
-    wanted = _ids(owners).ravel()
+    wanted = ids_of(owners).ravel()
     match = memory.pair_owners[:, :, None] == wanted
     return jnp.any(match & (wanted != NO_OWNER), axis=(1, 2)) & is_occupied(memory)
 
 
 def find(memory: LBFGSMemory, owner: int | Int[Array, ""]) -> Int[Array, ""]:
     """The slot of the newest pair that belongs to `owner`, int32; -1 where there is none.
+
+    Cost: as `owned`.
 
     >>> memory, _ = push(init(jnp.zeros(1), 2), jnp.ones(1), jnp.ones(1), owner=7)
     >>> int(find(memory, 7)), int(find(memory, 8))
@@ -173,17 +196,28 @@ def _empty_slots(leaf, memory_size: int) -> Array:
     return zeros
 
 
-def _ids(owners) -> Int[Array, "..."]:
-    """Ids as int32."""
-    owners = jnp.asarray(owners)
-    if not jnp.issubdtype(owners.dtype, jnp.integer):
-        raise TypeError(f"Expected integer owners, got {owners.dtype}.")
-    return owners.astype(jnp.int32)
+def ids_of(owners) -> Int[Array, "..."]:
+    """Ids as int32; a traced one that does not fit becomes -1, nobody's."""
+    limits = np.iinfo(np.int32)
+    given = concrete(owners)
+    dtype = owners.dtype if given is None else given.dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"Expected integer owners, got {dtype}.")
+    if given is not None:
+        # Before JAX sees them, which cuts 64-bit integers down without a word.
+        if np.any((given < limits.min) | (given > limits.max)):
+            raise ValueError(f"Expected owners in {limits.min}..{limits.max}, got {owners}.")
+        return jnp.asarray(
+            owners if isinstance(owners, Array) else given.astype(np.int32), jnp.int32
+        )
+    narrow = owners.astype(jnp.int32)
+    fits = (narrow.astype(dtype) == owners) & ((narrow < 0) == (owners < 0))
+    return jnp.where(fits, narrow, NO_OWNER)
 
 
 def _owner_row(owner, num_owners: int) -> Int[Array, " k"]:
     """One pair's ids, padded with -1."""
-    row = jnp.atleast_1d(_ids(owner))
+    row = jnp.atleast_1d(ids_of(owner))
     if row.ndim != 1 or row.size > num_owners:
         raise ValueError(
             f"Expected at most owners_per_pair={num_owners} owners, got shape {row.shape}. "

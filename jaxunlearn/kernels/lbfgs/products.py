@@ -6,6 +6,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxunlearn import tree
+from jaxunlearn.kernels._checks import check_number
+from jaxunlearn.kernels._programs import compiled_once
 from jaxunlearn.kernels.lbfgs import _forms
 from jaxunlearn.kernels.lbfgs._trees import (
     against,
@@ -60,12 +62,9 @@ def inverse_product(
     >>> jnp.round(inverse_product(memory, jnp.array([4.0, 8.0]), damping=4.0), 5)
     Array([0.5, 1. ], dtype=float32)
     """
-    check_like(memory.pairs, vector, "vector")
-    _check(form, "two_loop", damping)
     tiny = tree.num_parameters(memory.pairs) <= FEW_FLOATS and _is_zero(damping)
-    if form == "two_loop" or (form == "auto" and tiny):
-        return _like(_two_loop(memory, _wide(memory, vector), scale), vector)
-    return _compact(memory, vector, _inverse, scale, damping)
+    form = "two_loop" if form == "auto" and tiny else form
+    return _multiply(memory, vector, scale, damping, form, inverse=True)
 
 
 def inverse_product_many(
@@ -90,12 +89,7 @@ def inverse_product_many(
     Array([[1., 2.],
            [2., 0.]], dtype=float32)
     """
-    check_like(memory.pairs, vectors, "vectors", lead=1)
-    _check(form, "two_loop", damping)
-    if form == "two_loop":
-        one = lambda vector: _two_loop(memory, vector, scale)
-        return _like(jax.vmap(one)(_wide(memory, vectors)), vectors)
-    return _compact(memory, vectors, _inverse, scale, damping, many=True)
+    return _multiply(memory, vectors, scale, damping, form, inverse=True, many=True)
 
 
 def product(
@@ -132,13 +126,7 @@ def product(
     >>> product(memory, jnp.array([1.0, 2.0]), damping=0.5)
     Array([4.5, 9. ], dtype=float32)
     """
-    check_like(memory.pairs, vector, "vector")
-    _check(form, "unrolled")
-    if form == "unrolled":
-        stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], vector)
-        found = _unrolled(memory, _wide(memory, stacked), scale, damping)
-        return _like(jax.tree.map(lambda leaf: leaf[0], found), vector)
-    return _compact(memory, vector, _direct, scale, damping)
+    return _multiply(memory, vector, scale, damping, form, inverse=False)
 
 
 def product_many(
@@ -160,15 +148,13 @@ def product_many(
     Array([[4., 8.],
            [8., 0.]], dtype=float32)
     """
-    check_like(memory.pairs, vectors, "vectors", lead=1)
-    _check(form, "unrolled")
-    if form == "unrolled":
-        return _like(_unrolled(memory, _wide(memory, vectors), scale, damping), vectors)
-    return _compact(memory, vectors, _direct, scale, damping, many=True)
+    return _multiply(memory, vectors, scale, damping, form, inverse=False, many=True)
 
 
 def initial_scale(memory: LBFGSMemory) -> Float[Array, ""]:
     """gamma, the default `scale`: s'y / y'y of the newest pair, 1 for an empty memory.
+
+    Cost: O(m^2); the pairs are not read.
 
     >>> from jaxunlearn.kernels import lbfgs
     >>> memory, _ = lbfgs.push(lbfgs.init(jnp.zeros(1), 2), jnp.array([1.0]), jnp.array([4.0]))
@@ -178,8 +164,35 @@ def initial_scale(memory: LBFGSMemory) -> Float[Array, ""]:
     return _forms.inverse_scale(_forms.ordered(memory))
 
 
-def _check(form: str, sequential: str, damping=0.0) -> None:
-    """Refuse a form that does not exist, or that cannot do what is asked."""
+def _multiply(
+    memory: LBFGSMemory, vectors: Params, scale, damping, form: str, *, inverse: bool, many=False
+) -> Params:
+    """The product with one vector or a stack: checked, and compiled once where it is eager."""
+    check_like(memory.pairs, vectors, "vectors" if many else "vector", lead=int(many))
+    _check(form, "two_loop" if inverse else "unrolled", scale, damping)
+
+    def run(memory, vectors, scale, shift):
+        shift = damping if shift is None else shift
+        if form in ("auto", "compact"):
+            middle_of = _inverse if inverse else _direct
+            return _compact(memory, vectors, middle_of, scale, shift, many=many)
+        wide = _wide(memory, vectors)
+        if inverse:
+            one = lambda vector: _two_loop(memory, vector, scale)
+            return _like((jax.vmap(one) if many else one)(wide), vectors)
+        stacked = wide if many else jax.tree.map(lambda leaf: leaf[None], wide)
+        found = _unrolled(memory, stacked, scale, shift)
+        return _like(found if many else jax.tree.map(lambda leaf: leaf[0], found), vectors)
+
+    # A Python zero says that there is no damping; anything else is a number to compile for.
+    return compiled_once(run, memory, vectors, scale, None if _is_zero(damping) else damping)
+
+
+def _check(form: str, sequential: str, scale, damping) -> None:
+    """Refuse a form that does not exist, what it cannot do, and numbers out of range."""
+    check_number("damping", damping, least=0)
+    if scale is not None:
+        check_number("scale", scale, above=0)
     if form not in ("auto", "compact", sequential):
         raise ValueError(f'Expected form={form!r} to be "auto", "compact" or "{sequential}".')
     if form == "two_loop" and not _is_zero(damping):
@@ -188,8 +201,6 @@ def _check(form: str, sequential: str, damping=0.0) -> None:
 
 def _is_zero(damping) -> bool:
     """Whether there is no damping, known when the function is traced."""
-    if isinstance(damping, int | float) and not damping >= 0:
-        raise ValueError(f"Expected damping={damping} >= 0.")
     return isinstance(damping, int | float) and damping == 0
 
 

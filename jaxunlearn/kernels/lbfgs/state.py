@@ -36,6 +36,8 @@ class LBFGSMemory(NamedTuple):
 def is_occupied(memory: LBFGSMemory) -> Bool[Array, " m"]:
     """Which slots hold a pair, (m,).
 
+    Cost: O(m); the pairs are not read.
+
     >>> from jaxunlearn.kernels import lbfgs
     >>> lbfgs.is_occupied(lbfgs.init(jnp.zeros(2), 3))
     Array([False, False, False], dtype=bool)

@@ -1,13 +1,16 @@
 """Taking pairs out of a memory, and correcting those that stay."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxunlearn.kernels._programs import compiled_once
 from jaxunlearn.kernels.lbfgs._trees import check_like, inner
 from jaxunlearn.kernels.lbfgs.admission import Admission, curvature, is_usable
-from jaxunlearn.kernels.lbfgs.memory import write_pair
+from jaxunlearn.kernels.lbfgs.memory import ids_of, write_pair
 from jaxunlearn.kernels.lbfgs.state import NO_OWNER, LBFGSMemory, is_occupied
 from jaxunlearn.types import Params
 
@@ -101,6 +104,12 @@ def correct(
     (3.0, True, -1)
     """
     check_like(memory.pairs, delta_y, "delta_y")
+    operands = memory, slot, delta_y, ids_of(disown).ravel(), gradient_norm
+    return compiled_once(functools.partial(_correct, admission or curvature()), *operands)
+
+
+def _correct(rule: Admission, memory: LBFGSMemory, slot, delta_y: Params, wanted, gradient_norm):
+    """`correct`, the ids that leave being `wanted`."""
     num_slots = memory.pair_owners.shape[0]
     slot = jnp.asarray(slot, jnp.int32)
     inside = (slot >= 0) & (slot < num_slots)
@@ -111,11 +120,10 @@ def correct(
     )
     s, old_y = row(0), row(1)
     y = jax.tree.map(lambda a, b: a + jnp.asarray(b, a.dtype), old_y, delta_y)
-    y, admitted = (admission or curvature())(_older_than(memory, at), s, y, gradient_norm)
+    y, admitted = rule(_older_than(memory, at), s, y, gradient_norm)
     admitted = found & admitted & is_usable(inner(s, s), inner(s, y), inner(y, y))
 
     pairs, gram = write_pair(memory, at, s, y, admitted)
-    wanted = jnp.asarray(disown, jnp.int32).ravel()
     leaves = jnp.any((memory.pair_owners[at][:, None] == wanted), axis=1) & found
     owners = jnp.where(leaves, NO_OWNER, memory.pair_owners[at])
     corrected = LBFGSMemory(

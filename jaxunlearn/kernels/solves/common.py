@@ -1,17 +1,20 @@
 """What all solvers share: the solution, vectors and stacks of them, scaling, and the loop."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxunlearn import tree
 from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels._checks import check_number
 from jaxunlearn.kernels._primitives import convolves
+from jaxunlearn.kernels._programs import compiled_once
 
 LOOPS = ("auto", "device", "host", "unrolled")
 
@@ -34,7 +37,11 @@ class Solution(NamedTuple):
 
 
 Matvec = Callable[[PyTree], PyTree]
-Solver = Callable[[Matvec, PyTree], Solution]
+Solver = Callable[..., Solution]
+"""`solver(matvec, rhs, *, x0=None, key=None) -> Solution`; `matvec` a function, or an operator with
+`@`. Direct solvers do not read `x0`, and those that draw nothing do not read `key`. Outside any
+trace a call is traced anew, so that what `matvec` reads may change, and compiled once for each kind
+of problem, whichever function object asks."""
 
 
 class Space(NamedTuple):
@@ -94,6 +101,7 @@ class Problem(NamedTuple):
     """`A x = rhs` around a first guess, scaled by a power of two so that squares stay in range.
 
     residual: 2^-exponent (rhs - A x0), in float32 or wider.  target: the tolerance on its norm.
+    key: for what is drawn, where a solver draws.
     """
 
     space: Space
@@ -103,10 +111,23 @@ class Problem(NamedTuple):
     residual: PyTree
     exponent: Int[Array, "*k"]
     target: Float[Array, "*k"]
+    key: Key[Array, ""] | None = None
 
     def product(self, vector: PyTree) -> PyTree:
         """A v, called with the dtypes of the right-hand side, returned in float32 or wider."""
         return widened(self.matvec(like(vector, self.rhs)))
+
+    def total(self, x: PyTree) -> PyTree:
+        """The solution of the problem as it was put, from `x` of the scaled one."""
+        x = self.space.shift(x, self.exponent)
+        x = x if self.x0 is None else jax.tree.map(jnp.add, widened(self.x0), x)
+        return like(x, self.rhs)
+
+    def remaining(self, x: PyTree) -> PyTree:
+        """The scaled residual at `x`, by a product."""
+        images = self.matvec(self.total(x))
+        gap = jax.tree.map(lambda b, ax: _widen(b) - _widen(ax), self.rhs, images)
+        return self.space.shift(gap, -self.exponent)
 
     def rounded(self, vector: PyTree) -> PyTree:
         """`vector` rounded to what `matvec` will see of it, in its own dtype."""
@@ -114,13 +135,11 @@ class Problem(NamedTuple):
 
     def solution(self, x: PyTree, num_iterations: Array, negative: Array) -> Solution:
         """`x` solves the scaled problem: carry it back, and measure how well."""
-        x = self.space.shift(x, self.exponent)
-        x = x if self.x0 is None else jax.tree.map(jnp.add, widened(self.x0), x)
-        x = like(x, self.rhs)
+        x = self.total(x)
         return measured(self.space, self.matvec, self.rhs, x, num_iterations, negative)
 
 
-def problem(space: Space, matvec: Matvec, rhs: PyTree, x0: PyTree | None, tol: float) -> Problem:
+def problem(space: Space, matvec: Matvec, rhs: PyTree, x0, tol: float, key=None) -> Problem:
     """The scaled problem; one product if there is a guess."""
     rhs = as_vector(rhs)
     residual = rhs
@@ -130,13 +149,45 @@ def problem(space: Space, matvec: Matvec, rhs: PyTree, x0: PyTree | None, tol: f
     exponent = _stable.exponent(space.peak(residual))
     target = _stable.scale_by(tol * space.norm(rhs), -exponent)
     scaled = space.shift(residual, -exponent)
-    return Problem(space, matvec, rhs, x0, scaled, exponent, target)
+    return Problem(space, matvec, rhs, x0, scaled, exponent, target, key)
 
 
 def measured(space: Space, matvec, rhs, x, num_iterations, negative) -> Solution:
     """The solution with ||matvec(x) - rhs||: one product."""
     gap = jax.tree.map(lambda ax, b: _widen(ax) - _widen(b), matvec(x), rhs)
     return Solution(x, space.norm(gap), num_iterations, negative)
+
+
+def iterative(
+    body: Callable[[Problem, str], Solution],
+    *,
+    tol: float,
+    max_iterations: int,
+    many: bool,
+    loop: str,
+) -> Solver:
+    """The solver that puts a problem and solves it by `body(problem, where its loop runs)`."""
+    check_options(tol=tol, max_iterations=max_iterations, loop=loop)
+    space = Space(many)
+
+    def solve(
+        matvec: Matvec,
+        rhs: PyTree,
+        *,
+        x0: PyTree | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Solution:
+        if many:
+            check_stack(rhs)
+        product = as_function(matvec)
+        where = _place(loop, product, rhs)
+
+        def whole(rhs, x0, key):
+            return body(problem(space, product, rhs, x0, tol, key), where)
+
+        return whole(rhs, x0, key) if where == "host" else compiled_once(whole, rhs, x0, key)
+
+    return solve
 
 
 def iterate(
@@ -147,8 +198,6 @@ def iterate(
     *,
     loop: str,
     max_iterations: int,
-    matvec: Matvec,
-    probe: PyTree,
 ) -> Any:
     """`step` while some system is `active`; in a stack, finished systems stand still."""
 
@@ -163,18 +212,16 @@ def iterate(
         for _ in range(max_iterations):
             state = masked(state)
         return state
-    if loop == "host" or (loop == "auto" and _host_is_faster(proceed, state, matvec, probe)):
+    if loop == "host":
         try:
-            current = state
-            while proceed(current):
-                current = body(current)
-            return current
+            while proceed(state):
+                state = body(state)
+            return state
         except jax.errors.ConcretizationTypeError as error:
-            if loop == "host":
-                raise ValueError(
-                    'Expected loop="host" outside jit, vmap and scan, which trace the whole loop. '
-                    'Call the solver directly, with a jitted matvec, or take loop="device".'
-                ) from error
+            raise ValueError(
+                'Expected loop="host" outside jit, vmap and scan, which trace the whole loop. '
+                'Call the solver directly, with a jitted matvec, or take loop="device".'
+            ) from error
     return lax.while_loop(proceed, body, state)
 
 
@@ -186,12 +233,31 @@ def _selected(space: Space, mask: Array, new: Any, old: Any) -> Any:
 
 def check_options(*, tol: float, max_iterations: int, loop: str) -> None:
     """Refuse a configuration that cannot be meant."""
-    if not tol >= 0:
-        raise ValueError(f"Expected tol={tol} >= 0.")
-    if max_iterations < 1:
-        raise ValueError(f"Expected max_iterations={max_iterations} >= 1.")
+    check_number("tol", tol, least=0)
+    check_count("max_iterations", max_iterations)
     if loop not in LOOPS:
         raise ValueError(f"Expected loop={loop!r} to be one of {', '.join(LOOPS)}.")
+
+
+def check_count(name: str, count: int) -> None:
+    """Refuse what is not a whole number of at least one."""
+    try:
+        operator.index(count)
+    except TypeError:
+        raise ValueError(f"Expected {name}={count} to be an integer.") from None
+    check_number(name, count, least=1)
+
+
+def as_function(matvec: Any) -> Matvec:
+    """The product as a function: a function itself, or `operator @ v` of an operator."""
+    if callable(matvec):
+        return matvec
+    if hasattr(matvec, "__matmul__") and not hasattr(matvec, "__array__"):
+        return lambda vector: matvec @ vector
+    raise TypeError(
+        f"Expected matvec to be a function v -> A v or an operator with A @ v, got "
+        f"{type(matvec).__name__}. Of a matrix, pass lambda v: A @ v."
+    )
 
 
 def as_vector(rhs: PyTree) -> PyTree:
@@ -233,15 +299,16 @@ def check_stack(rhs: PyTree) -> int:
     return lengths.pop()[0]
 
 
-def _host_is_faster(proceed, state, matvec, probe) -> bool:
-    """Whether to loop outside XLA: convolutions on CPU, and no trace around us."""
-    if jax.default_backend() != "cpu":
-        return False
-    try:
-        bool(proceed(state))
-    except jax.errors.ConcretizationTypeError:
-        return False
-    return convolves(jax.make_jaxpr(matvec)(probe))
+def _place(loop: str, matvec: Matvec, rhs: PyTree) -> str:
+    """Where the loop runs: on the host for convolutions on CPU with no trace around us."""
+    if loop != "auto":
+        return loop
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(rhs))
+    if traced or jax.default_backend() != "cpu":
+        return "device"
+    closed = jax.make_jaxpr(matvec)(as_vector(rhs))
+    traced = any(isinstance(const, jax.core.Tracer) for const in closed.consts)
+    return "host" if convolves(closed) and not traced else "device"
 
 
 def _rows(x: Array) -> Array:

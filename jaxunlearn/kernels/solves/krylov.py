@@ -9,13 +9,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxunlearn.kernels.solves.common import (
     Matvec,
+    Problem,
     Solution,
     Solver,
     Space,
-    check_options,
-    check_stack,
+    as_function,
     iterate,
-    problem,
+    iterative,
     widened,
     zeros,
 )
@@ -61,9 +61,10 @@ def cg(
         with convolutions is solved on CPU outside any trace, and the device everywhere else.
 
     Returns:
-      A function (matvec, rhs, *, x0=None) -> `Solution`. Jits and vmaps. Stops at curvature, of the
-      matrix or of the preconditioner, that is not positive. Directions are rounded to the dtype of
-      the right-hand side before `matvec` sees them; everything else is in float32 or wider.
+      A function (matvec, rhs, *, x0=None, key=None) -> `Solution`. Jits and vmaps. Stops at
+      curvature, of the matrix or of the preconditioner, that is not positive. Directions are
+      rounded to the dtype of the right-hand side before `matvec` sees them; everything else is in
+      float32 or wider.
 
     Cost: one product an iteration, one for the residual and one for `x0` if given; one call of the
     preconditioner an iteration and one more. Memory: four copies of the right-hand side.
@@ -80,13 +81,9 @@ def cg(
 
     References: Saad 2003, "Iterative methods for sparse linear systems", algorithms 6.18 and 9.1.
     """
-    check_options(tol=tol, max_iterations=max_iterations, loop=loop)
-    space = Space(many)
+    space, inverse = Space(many), preconditioner and as_function(preconditioner)
 
-    def solve(matvec: Matvec, rhs: PyTree, *, x0: PyTree | None = None) -> Solution:
-        if many:
-            check_stack(rhs)
-        system = problem(space, matvec, rhs, x0, tol)
+    def body(system: Problem, where: str) -> Solution:
         stop = system.target**2
 
         def active(state: _State):
@@ -94,7 +91,7 @@ def cg(
             return usable & (state.iteration < max_iterations)
 
         def precondition(state: _State) -> _State:
-            turned = preconditioner and preconditioner(state.residual)
+            turned = inverse and inverse(state.residual)
             return _turn(space, state, turned)
 
         def step(state: _State) -> _State:
@@ -103,13 +100,10 @@ def cg(
             return precondition(state)
 
         state = precondition(_start(space, system.residual))
-        state = iterate(
-            space, active, step, state, loop=loop, max_iterations=max_iterations,
-            matvec=matvec, probe=system.rhs,
-        )  # fmt: skip
+        state = iterate(space, active, step, state, loop=where, max_iterations=max_iterations)
         return system.solution(state.x, state.iteration, state.negative)
 
-    return solve
+    return iterative(body, tol=tol, max_iterations=max_iterations, many=many, loop=loop)
 
 
 def _start(space: Space, residual: PyTree) -> _State:

@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels.solves.common import (
     Matvec,
+    Problem,
     Solution,
     Solver,
     Space,
-    check_options,
-    check_stack,
     iterate,
-    problem,
+    iterative,
     widened,
     zeros,
 )
+
+CYCLE = 16
+"""Iterations between two looks at the true residual: a sixteenth more products."""
 
 
 class _State(NamedTuple):
@@ -43,6 +46,17 @@ class _State(NamedTuple):
     settled: Bool[Array, "*k"]
 
 
+class _Best(NamedTuple):
+    """The iterate of the smallest residual that was measured, which may be the first guess.
+
+    norm_at_start: that of the residual from which the recurrence runs.
+    """
+
+    x: PyTree
+    norm: Float[Array, "*k"]
+    norm_at_start: Float[Array, "*k"]
+
+
 def minres(
     *,
     tol: float = 1e-6,
@@ -58,20 +72,28 @@ def minres(
     (up to what A maps to zero), `num_iterations` is below `max_iterations`, and `residual_norm`,
     above the tolerance, is the distance of the right-hand side from the range.
 
+    Rounding costs MINRES the square of the condition number. So the true residual is measured every
+    16 iterations; where it is twice what the recurrence says, the recurrence starts again from it,
+    or, when it has come down by less than a tenth since the last start, iteration ends:
+    `num_iterations` below `max_iterations` with `residual_norm` above the tolerance says so.
+
     Args:
-      tol: stop when ||A x - rhs|| <= tol * ||rhs|| by the recurrence, norms being those of M^-1
-        under a preconditioner, where that of rhs is scaled to match; >= 0.
+      tol: stop when ||A x - rhs|| <= tol * ||rhs|| by the recurrence, and at most twice that by
+        measurement; norms are those of M^-1 under a preconditioner, where that of rhs is scaled to
+        match; >= 0.
       max_iterations, preconditioner, many, loop: as for `cg`; M is positive definite even where A
         is not.
 
     Returns:
-      A function (matvec, rhs, *, x0=None) -> `Solution`. Jits and vmaps. `negative_curvature` says
-      that A is not positive definite on the space searched, which does not stop it: it holds as
-      soon as the Lanczos matrix has an eigenvalue <= 0. It also holds where a product is not a
-      number or M is not positive definite, and this does stop it, at the last good iterate.
+      A function (matvec, rhs, *, x0=None, key=None) -> `Solution`, of the x with the smallest
+      residual that was measured: never a larger one than at `x0`, or at zero. `negative_curvature`
+      says that A is not positive definite on the space searched, which does not stop it: it holds
+      as soon as the Lanczos matrix has an eigenvalue <= 0. It also holds where a product is not a
+      number or M is not positive definite, and this does stop it.
 
-    Cost: one product an iteration, one for the residual and one for `x0` if given; one call of the
-    preconditioner an iteration and one more. Memory: seven copies of the right-hand side.
+    Cost: one product an iteration, one more for every 16 iterations begun, and one for `x0` if
+    given; one call of the preconditioner with each product but the last, and one more. Memory:
+    nine copies of the right-hand side.
 
     Raises:
       ValueError: an option out of range, or a stack whose leaves disagree.
@@ -83,18 +105,16 @@ def minres(
 
     References: Paige and Saunders 1975, "Solution of sparse indefinite systems of linear
       equations", section 6; Liu and Roosta 2022, "MINRES: from negative curvature detection to
-      monotonicity properties", section 3 (the sign of r' A r from the rotations). Deviation: the
-      two tests for a system without solution; the second is made without preconditioner only.
+      monotonicity properties", section 3 (the sign of r' A r from the rotations); Sleijpen, van der
+      Vorst and Modersitzki 2000, "Differences in the effects of rounding errors in Krylov solvers
+      for symmetric indefinite linear systems" (the square of the condition). Deviations: the
+      restarts; the two tests for a system without solution, the second without preconditioner only.
     """
-    check_options(tol=tol, max_iterations=max_iterations, loop=loop)
     space = Space(many)
 
-    def solve(matvec: Matvec, rhs: PyTree, *, x0: PyTree | None = None) -> Solution:
-        if many:
-            check_stack(rhs)
-        system = problem(space, matvec, rhs, x0, tol)
+    def body(system: Problem, where: str) -> Solution:
         state = _start(space, system.residual, preconditioner)
-        norm = jnp.sqrt(space.dot(system.residual, system.residual))
+        norm = space.norm(system.residual)
         stop = system.target * jnp.where(norm > 0, state.phibar / jnp.where(norm > 0, norm, 1), 1)
 
         def active(state: _State):
@@ -108,13 +128,24 @@ def minres(
             y = state.r2 if preconditioner is None else widened(preconditioner(state.r2))
             return _rotate(space, preconditioner is None, state, v, alfa, y)
 
-        state = iterate(
-            space, active, step, state, loop=loop, max_iterations=max_iterations,
-            matvec=matvec, probe=system.rhs,
-        )  # fmt: skip
-        return system.solution(state.x, state.iteration, state.negative)
+        def cycle(carry: tuple[_State, _Best]) -> tuple[_State, _Best]:
+            state, best = carry
+            end = state.iteration + CYCLE
+            within = lambda state: active(state) & (state.iteration < end)
+            steps = min(CYCLE, max_iterations)
+            state = iterate(space, within, step, state, loop=where, max_iterations=steps)
+            residual = system.remaining(state.x)
+            return _judged(space, state, best, residual, _start(space, residual, preconditioner))
 
-    return solve
+        cycles = -(-max_iterations // CYCLE)
+        carry = state, _Best(x=state.x, norm=norm, norm_at_start=norm)
+        state, best = iterate(
+            space, lambda carry: active(carry[0]), cycle, carry, loop=where, max_iterations=cycles
+        )
+        norm = _stable.scale_by(best.norm, system.exponent)
+        return Solution(system.total(best.x), norm, state.iteration, state.negative)
+
+    return iterative(body, tol=tol, max_iterations=max_iterations, many=many, loop=loop)
 
 
 def _start(space: Space, residual: PyTree, preconditioner: Matvec | None) -> _State:
@@ -130,6 +161,29 @@ def _start(space: Space, residual: PyTree, preconditioner: Matvec | None) -> _St
         oldb=zero, beta=beta, dbar=zero, epsln=zero, phibar=beta, cs=-one, sn=zero, tnorm2=zero,
         iteration=zeros(space, residual, jnp.int32), negative=broken, settled=broken,
     )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _judged(space: Space, state: _State, best: _Best, residual: PyTree, fresh: _State):
+    """The state and the best iterate after a look at the true residual.
+
+    fresh: the start from that residual. It takes over where the recurrence has lost the residual,
+      unless it gained nothing since it started: then rounding has the last word.
+    """
+    norm = space.norm(residual)
+    better = norm < best.norm
+    lost = ~(fresh.phibar <= 2 * state.phibar) & ~state.settled
+    again = lost & (norm <= 0.9 * best.norm_at_start)
+    kept = state._replace(settled=state.settled | lost)
+    moved = fresh._replace(
+        x=state.x, iteration=state.iteration, negative=state.negative | fresh.negative
+    )
+    best = _Best(
+        x=space.select(better, state.x, best.x),
+        norm=jnp.where(better, norm, best.norm),
+        norm_at_start=jnp.where(again, norm, best.norm_at_start),
+    )
+    return space.select(again, moved, kept), best
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

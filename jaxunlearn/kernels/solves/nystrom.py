@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jaxunlearn.kernels._checks import check_number
 from jaxunlearn.kernels.solves.block import STACK, gram, mix, orthonormal
 from jaxunlearn.kernels.solves.common import (
     Matvec,
     Solution,
     Solver,
     Space,
+    as_function,
     as_vector,
     check_stack,
     like,
@@ -66,15 +68,17 @@ class NystromApproximation:
         """`inverse(damping)` as a solver of A + damping I: no product but the residual's.
 
         Exact if A has no higher rank than the sketch; `refined` makes it a convergent iteration
-        where the part left out is below `damping`.
+        where the part left out is below `damping`. An `x0` is a start from which what is left is
+        solved, for one product more.
         """
         inverse = self.inverse(damping)
         space = Space(many)
 
-        def solve(matvec: Matvec, rhs: PyTree) -> Solution:
+        def solve(matvec: Matvec, rhs: PyTree, *, x0=None, key=None) -> Solution:
+            del key
             if many:
                 check_stack(rhs)
-            system = problem(space, matvec, rhs, None, 0.0)
+            system = problem(space, as_function(matvec), rhs, x0, 0.0)
             x = jax.vmap(inverse)(system.residual) if many else inverse(system.residual)
             negative = zeros(space, system.rhs, bool) | self.negative_curvature
             return system.solution(x, zeros(space, system.rhs, jnp.int32), negative)
@@ -147,6 +151,7 @@ def nystrom(
     draws = [jax.random.normal(k, (rank, *v.shape), d) for k, v, d in zip(keys, leaves, wide)]
     omega, _ = orthonormal(jax.tree.unflatten(treedef, draws), 2)
     omega = like(omega, vector)
+    matvec = as_function(matvec)
     sketch = widened(matvec(omega) if many else jax.vmap(matvec)(omega))
     return _decompose(widened(omega), sketch, size)
 
@@ -189,8 +194,7 @@ def jacobi(diagonal: PyTree, *, damping: float | Array = 0.0) -> Matvec:
     >>> jacobi(jnp.array([2.0, 4.0]))(jnp.array([2.0, 2.0]))
     Array([1. , 0.5], dtype=float32)
     """
-    if isinstance(damping, int | float) and not damping >= 0:
-        raise ValueError(f"Expected damping={damping} >= 0.")
+    check_number("damping", damping, least=0)
     damped = jax.tree.map(lambda d: widened(d) + damping, diagonal)
     usable = jax.tree.map(lambda d: (d > 0) & jnp.isfinite(d), damped)
     total = sum(jnp.sum(jnp.where(u, d, 0.0)) for d, u in _pairs(damped, usable))
@@ -211,5 +215,5 @@ def _pairs(a: PyTree, b: PyTree):
 
 
 def _check_damping(damping: float | Array) -> None:
-    if isinstance(damping, int | float) and not damping > 0:
-        raise ValueError(f"Expected damping={damping} > 0: the approximation has no full rank.")
+    """Refuse to invert an approximation that has no full rank."""
+    check_number("damping", damping, above=0)

@@ -9,16 +9,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxunlearn.kernels._checks import check_number
+from jaxunlearn.kernels._programs import compiled_once
 from jaxunlearn.kernels.solves.common import (
     Matvec,
     Problem,
     Solution,
     Solver,
     Space,
+    as_function,
     as_vector,
-    check_options,
+    check_count,
     check_stack,
     iterate,
+    iterative,
     like,
     problem,
     widened,
@@ -68,23 +72,26 @@ def spectral_radius(
     References: Kuczynski and Wozniakowski 1992, "Estimating the largest eigenvalue by the power and
       Lanczos algorithms with a random start", theorem 3.1.
     """
-    if num_iterations < 1:
-        raise ValueError(f"Expected num_iterations={num_iterations} >= 1.")
-    space = Space(many)
-    vector = as_vector(vector)
-    leaves, treedef = jax.tree.flatten(vector)
-    keys = jax.random.split(key, len(leaves))
-    draws = [jax.random.normal(k, v.shape, _wide(v)) for k, v in zip(keys, leaves)]
-    start = jax.tree.unflatten(treedef, draws)
+    check_count("num_iterations", num_iterations)
+    space, product = Space(many), as_function(matvec)
 
-    def step(_, carry):
-        v, norm = carry
-        v = space.scale(jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), norm), v)
-        v = widened(matvec(like(v, vector)))
-        return v, space.norm(v)
+    def radius(vector, key):
+        vector = as_vector(vector)
+        leaves, treedef = jax.tree.flatten(vector)
+        keys = jax.random.split(key, len(leaves))
+        draws = [jax.random.normal(k, v.shape, _wide(v)) for k, v in zip(keys, leaves)]
+        start = jax.tree.unflatten(treedef, draws)
 
-    _, norms = lax.fori_loop(0, num_iterations, step, (start, space.norm(start)))
-    return jnp.max(norms)
+        def step(_, carry):
+            v, norm = carry
+            v = space.scale(jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), norm), v)
+            v = widened(product(like(v, vector)))
+            return v, space.norm(v)
+
+        _, norms = lax.fori_loop(0, num_iterations, step, (start, space.norm(start)))
+        return jnp.max(norms)
+
+    return compiled_once(radius, vector, key)
 
 
 def neumann(
@@ -104,7 +111,8 @@ def neumann(
 
     Args:
       step: > 0, in units of 1 / A. None measures it: 1 / (safety * spectral radius).
-      key: of the random start of `spectral_radius`; needed where `step` is None.
+      key: of the random start of `spectral_radius`, unless the call brings its own; one of the two
+        is needed where `step` is None.
       num_power_iterations: products spent on that measurement.
       safety: > 0.5. The series converges as long as the estimate is at least 1 / (2 safety) of the
         truth, and loses a factor `safety` in speed where it is exact.
@@ -112,9 +120,10 @@ def neumann(
       max_iterations, many, loop: as for `cg`.
 
     Returns:
-      A function (matvec, rhs, *, x0=None) -> `Solution`. Jits and vmaps. Stops at r' A r <= 0, and
-      when the residual is twice what it was at the start: the series then diverges, and
-      `residual_norm` above ||rhs|| says so. `num_iterations` includes the power iterations.
+      A function (matvec, rhs, *, x0=None, key=None) -> `Solution`. Jits and vmaps. Stops at
+      r' A r <= 0, and when the residual is twice what it was at the start: the series then
+      diverges, and `residual_norm` above ||rhs|| says so. `num_iterations` includes the power
+      iterations.
 
     Cost: one product an iteration, `num_power_iterations` for the step, one for the residual and
     one for `x0` if given; about (condition number) * safety * log(1 / tol) iterations. `cg` needs
@@ -122,28 +131,23 @@ def neumann(
     of the right-hand side.
 
     Raises:
-      ValueError: an option out of range, neither `step` nor `key`, or a stack whose leaves
-        disagree.
+      ValueError: an option out of range, a stack whose leaves disagree, or, at the call, neither
+        `step` nor a `key`.
 
     >>> solution = neumann(step=0.5)(lambda x: 2.0 * x, jnp.array([2.0, 4.0]))
     >>> solution.x, int(solution.num_iterations)
     (Array([1., 2.], dtype=float32), 1)
     """
-    check_options(tol=tol, max_iterations=max_iterations, loop=loop)
     _check_step(step, safety)
-    if step is None and key is None:
-        raise ValueError("Expected step=, or key= for the power iteration that chooses it.")
-    space = Space(many)
+    check_count("num_power_iterations", num_power_iterations)
+    space, default_key = Space(many), key
 
-    def solve(matvec: Matvec, rhs: PyTree, *, x0: PyTree | None = None) -> Solution:
-        if many:
-            check_stack(rhs)
-        system = problem(space, matvec, rhs, x0, tol)
+    def body(system: Problem, where: str) -> Solution:
         omega, measured = jnp.asarray(step or 0.0), 0
-        if step is None and key is not None:
+        if step is None and system.key is not None:
             measured = num_power_iterations
             radius = spectral_radius(
-                matvec, system.rhs, key=key, num_iterations=measured, many=many
+                system.matvec, system.rhs, key=system.key, num_iterations=measured, many=many
             )
             omega = _safe_step(radius, safety)
         state = _start(space, system)
@@ -157,11 +161,22 @@ def neumann(
             direction = system.rounded(state.residual)
             return _advance(space, state, direction, system.product(direction), omega)
 
-        state = iterate(
-            space, active, advance, state, loop=loop, max_iterations=max_iterations,
-            matvec=matvec, probe=system.rhs,
-        )  # fmt: skip
+        state = iterate(space, active, advance, state, loop=where, max_iterations=max_iterations)
         return system.solution(state.x, state.iteration + measured, state.negative)
+
+    run = iterative(body, tol=tol, max_iterations=max_iterations, many=many, loop=loop)
+
+    def solve(
+        matvec: Matvec,
+        rhs: PyTree,
+        *,
+        x0: PyTree | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Solution:
+        key = default_key if key is None else key
+        if step is None and key is None:
+            raise ValueError("Expected step=, or key= for the power iteration that chooses it.")
+        return run(matvec, rhs, x0=x0, key=key)
 
     return solve
 
@@ -174,7 +189,9 @@ def lissa(
     num_power_iterations: int = 10,
     num_radius_samples: int = 4,
     safety: float = 1.5,
-) -> Callable[..., Solution]:
+    key: Key[Array, ""] | None = None,
+    many: bool = False,
+) -> Solver:
     """LiSSA: the Neumann recursion with a fresh sample of the operator at every step.
 
         x <- x + step (rhs - A_j x),  A_j unbiased for A, averaged over independent repeats
@@ -185,13 +202,16 @@ def lissa(
       step: > 0. None measures it: 1 / (safety * the largest spectral radius among
         `num_radius_samples` samples), since every sample has to contract, not their mean alone.
       num_power_iterations, safety: as for `neumann`, for each of these samples.
+      key: of the samples, unless the call brings its own; one of the two is needed.
+      many: leaves of the right-hand side have a leading axis K, and `matvec` and `sampled` map
+        stacks to stacks: K systems share their samples.
 
     Returns:
-      A function (matvec, rhs, *, sampled, key) -> `Solution`. `sampled(vector, key)` is the product
-      with the operator of one sample, `matvec` the product with A itself, called once for the
-      residual. `num_iterations` counts sampled products. A recursion that diverges stops when its
-      iterate is not finite; `residual_norm` above ||rhs|| or not a number says so.
-      `negative_curvature` says x' A x <= 0.
+      A function (matvec, rhs, *, sampled, x0=None, key=None) -> `Solution`. `sampled(vector, key)`
+      is the product with the operator of one sample, `matvec` the product with A itself, called
+      once for the residual, and once for `x0` if given. `num_iterations` counts sampled products.
+      A recursion that diverges stops when its iterate is not finite; `residual_norm` above ||rhs||
+      or not a number says so. `negative_curvature` says x' A x <= 0.
 
     Cost: num_steps * num_repeats sampled products, num_power_iterations * num_radius_samples more
     for the step, and one full product. Memory: two copies of the right-hand side a repeat. The
@@ -208,57 +228,72 @@ def lissa(
     >>> solution.x.round(4)
     Array([2., 4.], dtype=float32)
     """
-    counts = {
-        "num_steps": num_steps,
-        "num_repeats": num_repeats,
-        "num_power_iterations": num_power_iterations,
-        "num_radius_samples": num_radius_samples,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"Expected {name}={count} >= 1.")
+    for name, count in (
+        ("num_steps", num_steps),
+        ("num_repeats", num_repeats),
+        ("num_power_iterations", num_power_iterations),
+        ("num_radius_samples", num_radius_samples),
+    ):
+        check_count(name, count)
     _check_step(step, safety)
-    space = Space(many=False)
+    space, default_key = Space(many), key
 
-    def solve(matvec: Matvec, rhs: PyTree, *, sampled, key: Key[Array, ""]) -> Solution:
-        key_radius, key_steps = jax.random.split(key)
-        system = problem(space, matvec, rhs, None, 0.0)
-        product = lambda v, k: widened(sampled(like(v, system.rhs), k))
+    def chosen_step(system: Problem, product, key):
+        """The step that contracts for each of several samples."""
 
         def radius(key_sample):
             key_start, key_operator = jax.random.split(key_sample)
-            return spectral_radius(
-                lambda v: product(v, key_operator), system.residual,
-                key=key_start, num_iterations=num_power_iterations,
-            )  # fmt: skip
+            options = {"key": key_start, "num_iterations": num_power_iterations, "many": many}
+            return spectral_radius(lambda v: product(v, key_operator), system.residual, **options)
 
+        radii = jax.vmap(radius)(jax.random.split(key, num_radius_samples))
+        return _safe_step(jnp.max(radii), safety)
+
+    def body(sampled, matvec, rhs, x0, key):
+        key_radius, key_steps = jax.random.split(key)
+        system = problem(space, matvec, rhs, x0, 0.0)
+        product = lambda v, k: widened(sampled(like(v, system.rhs), k))
         count, omega = num_steps * num_repeats, jnp.asarray(step or 0.0)
         if step is None:
-            radii = jax.vmap(radius)(jax.random.split(key_radius, num_radius_samples))
-            omega = _safe_step(jnp.max(radii), safety)
+            omega = chosen_step(system, product, key_radius)
             count += num_power_iterations * num_radius_samples
 
         def recursion(key_repeat):
             def advance(carry):
                 j, x = carry
-                gap = jax.tree.map(
-                    jnp.subtract, system.residual, product(x, jax.random.fold_in(key_repeat, j))
-                )
+                images = product(x, jax.random.fold_in(key_repeat, j))
+                gap = jax.tree.map(jnp.subtract, system.residual, images)
                 return j + 1, space.axpy(omega, gap, x)
 
             def proceed(carry):
-                return (carry[0] < num_steps) & jnp.isfinite(space.peak(carry[1]))
+                return (carry[0] < num_steps) & jnp.any(jnp.isfinite(space.peak(carry[1])))
 
             nothing = jax.tree.map(jnp.zeros_like, system.residual)
             return lax.while_loop(proceed, advance, (jnp.zeros((), jnp.int32), nothing))[1]
 
         repeats = jax.vmap(recursion)(jax.random.split(key_steps, num_repeats))
-        x = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), repeats)
-        x = like(space.shift(x, system.exponent), system.rhs)
+        x = system.total(jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), repeats))
         product_of_x = widened(matvec(x))
         gap = jax.tree.map(jnp.subtract, product_of_x, widened(system.rhs))
         negative = (space.dot(x, product_of_x) <= 0) & (space.peak(x) != 0)
-        return Solution(x, space.norm(gap), jnp.full((), count, jnp.int32), negative)
+        spent = zeros(space, system.rhs, jnp.int32) + count
+        return Solution(x, space.norm(gap), spent, negative)
+
+    def solve(
+        matvec: Matvec,
+        rhs: PyTree,
+        *,
+        sampled: Callable[[PyTree, Key[Array, ""]], PyTree],
+        x0: PyTree | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Solution:
+        key = default_key if key is None else key
+        if key is None:
+            raise ValueError("Expected key=, of the samples, at the call or at the factory.")
+        if many:
+            check_stack(rhs)
+        run = functools.partial(body, sampled, as_function(matvec))
+        return compiled_once(run, rhs, x0, key)
 
     return solve
 
@@ -293,10 +328,9 @@ def _safe_step(radius: Array, safety: float) -> Array:
 
 def _check_step(step: float | None, safety: float) -> None:
     """Refuse a step that cannot converge."""
-    if step is not None and not step > 0:
-        raise ValueError(f"Expected step={step} > 0.")
-    if not safety > 0.5:
-        raise ValueError(f"Expected safety={safety} > 0.5.")
+    if step is not None:
+        check_number("step", step, above=0)
+    check_number("safety", safety, above=0.5)
 
 
 def _wide(x: Array):
