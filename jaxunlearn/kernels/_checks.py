@@ -25,4 +25,13 @@ def check_number(name: str, value: Any, *, above: float | None = None, least: fl
 
 def concrete(value: Any) -> np.ndarray | None:
     """The numbers of a value that is not traced."""
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    return None if is_traced(value) else np.asarray(value)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value stands for one that a trace does not know."""
+    try:
+        getattr(value, "is_fully_addressable", None)
+    except jax.errors.ConcretizationTypeError:
+        return True
+    return False

@@ -7,13 +7,15 @@ arrays they close over are its operands. Nothing that a function read the last t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core as jex_core
 from jaxtyping import PyTree
+
+from jaxunlearn.kernels._checks import is_traced
 
 _BODY_ONLY = frozenset(
     {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call"}
@@ -128,5 +130,5 @@ def _value_key(value: Any) -> Any:
     return type(value), value
 
 
-def _any_traced(values: PyTree) -> bool:
-    return any(isinstance(value, jax.core.Tracer) for value in values)
+def _any_traced(values: Iterable[Any]) -> bool:
+    return any(map(is_traced, values))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxunlearn import tree
 from jaxunlearn.kernels import _stable
-from jaxunlearn.kernels._checks import check_number
+from jaxunlearn.kernels._checks import check_number, is_traced
 from jaxunlearn.kernels._primitives import convolves
 from jaxunlearn.kernels._programs import compiled_once
 
@@ -303,11 +303,10 @@ def _place(loop: str, matvec: Matvec, rhs: PyTree) -> str:
     """Where the loop runs: on the host for convolutions on CPU with no trace around us."""
     if loop != "auto":
         return loop
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(rhs))
-    if traced or jax.default_backend() != "cpu":
+    if any(map(is_traced, jax.tree.leaves(rhs))) or jax.default_backend() != "cpu":
         return "device"
     closed = jax.make_jaxpr(matvec)(as_vector(rhs))
-    traced = any(isinstance(const, jax.core.Tracer) for const in closed.consts)
+    traced = any(map(is_traced, closed.consts))
     return "host" if convolves(closed) and not traced else "device"
 
 
