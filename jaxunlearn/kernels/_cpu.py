@@ -9,9 +9,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxunlearn.kernels._primitives import convolves
-
-_INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+from jaxunlearn.kernels._primitives import CALLS, convolves
 
 
 def in_loops(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,10 +82,11 @@ def _step(eqn, operands: list[tuple[Any, bool]]) -> list[tuple[Any, bool]]:
     """The outputs of one equation."""
     args, varying = [value for value, _ in operands], [varies for _, varies in operands]
     name, params = eqn.primitive.name, eqn.params
-    if name in _INLINED:
+    if name in CALLS:
         body = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
         return _run(getattr(body, "jaxpr", body), getattr(body, "consts", ()), args, varying)
-    params = {key: _rewritten_bodies(value) for key, value in params.items()}
+    if name != "shard_map":  # whose body is of another mesh than is around us
+        params = {key: _rewritten_bodies(value) for key, value in params.items()}
     bind = eqn.primitive.bind
     with eqn.ctx.manager:
         if name == "conv_general_dilated":
@@ -102,21 +101,23 @@ def _step(eqn, operands: list[tuple[Any, bool]]) -> list[tuple[Any, bool]]:
 
 def _rewritten_bodies(value: Any) -> Any:
     """A parameter of an equation, with its bodies of loops and its branches rewritten."""
-    if isinstance(value, tuple) and any(map(_is_closed, value)):
-        return tuple(map(_rewritten_bodies, value))
-    if not _is_closed(value) or not convolves(value):
+    if isinstance(value, tuple) and any(map(_is_jaxpr, value)):
+        bodies = map(_rewritten_bodies, value)
+        return type(value)._make(bodies) if hasattr(value, "_make") else tuple(bodies)
+    if not _is_jaxpr(value) or not convolves(value):
         return value
+    jaxpr, consts = getattr(value, "jaxpr", value), getattr(value, "consts", ())
 
     def body(*args):
-        outputs = _run(value.jaxpr, value.consts, args, [False] * len(args))
-        return [output for output, _ in outputs]
+        return [output for output, _ in _run(jaxpr, consts, args, [False] * len(args))]
 
-    return jax.make_jaxpr(body)(*(var.aval for var in value.jaxpr.invars))
+    closed = jax.make_jaxpr(body)(*(var.aval for var in jaxpr.invars))
+    return closed if hasattr(value, "consts") else closed.jaxpr
 
 
-def _is_closed(value: Any) -> bool:
-    """Whether `value` is a jaxpr with its constants, as loops and branches have them."""
-    return hasattr(value, "jaxpr") and hasattr(value, "consts")
+def _is_jaxpr(value: Any) -> bool:
+    """Whether `value` is a jaxpr: loops and branches have it with its constants, others bare."""
+    return hasattr(value, "eqns") or (hasattr(value, "jaxpr") and hasattr(value, "consts"))
 
 
 def _convolution(bind, args, params):

@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
 from jaxunlearn.kernels import _cpu
+from jaxunlearn.kernels._checks import check_number
 from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
+from jaxunlearn.kernels._operands import as_params, check_left_out, check_like, left_out
+from jaxunlearn.kernels._programs import compiled_once
 from jaxunlearn.kernels.rowwise import (
     as_weights,
     check_rows,
@@ -50,29 +52,48 @@ class Options:
     tangents_at_once: int | None = None
 
     def __post_init__(self):
-        if isinstance(self.damping, int | float | np.number) and not self.damping >= 0:
-            raise ValueError(f"Expected damping={self.damping} >= 0.")
+        check_damping(self.damping)
         for name in ("microbatch_size", "tangents_at_once"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"Expected {name}={size} >= 1.")
 
 
+def check_damping(damping: Any) -> None:
+    """Refuse damping that is negative, where the number can be seen, or not one number."""
+    if jnp.shape(damping) != ():
+        raise ValueError(f"Expected damping to be one number, got shape {jnp.shape(damping)}.")
+    check_number("damping", damping, least=0.0)
+
+
 def single(many: Callable[..., Params]) -> Callable[..., Params]:
     """The product with one vector, from that with a stack."""
 
     def product(params: Params, batch: Batch, vector: Params, **options) -> Params:
+        params = as_params(params)
+        check_like(params, vector)
         stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], vector)
         return jax.tree.map(lambda leaf: leaf[0], many(params, batch, stacked, **options))
 
     return product
 
 
+def named(many: Callable[..., Params], name: str) -> Callable[..., Params]:
+    """`many`, under the name of its factory in Python's own errors."""
+    many.__qualname__ = f"{name}(...)"
+    return many
+
+
 def products(
-    maps: Callable, usable: Callable, options: Options, whole: Callable | None = None
+    maps: Callable,
+    usable: Callable,
+    options: Options,
+    check: Callable[[Any], None],
+    whole: Callable | None = None,
 ) -> Callable[..., Params]:
     """The function (params, batch, vectors, *, weights, num_rows, keys, leave_out) -> products.
 
+    check: keys -> None, refusing keys that the model does not take.
     whole: (params, batch) -> (mean loss, v -> mean_i M_i v), the rows seen together. Where every
       row weighs one it is tried first: rows as batches of one cost a tenth more, their masks
       another. A mean loss that is finite says that every row's is.
@@ -109,7 +130,7 @@ def products(
         bad = not_finite(lax.stop_gradient(seen))
         return lax.cond(bad, row_by_row, lambda kept: kept, usual)
 
-    return driven(summed, options, together if whole else None)
+    return driven(summed, options, check, together if whole else None)
 
 
 def _with_badness(product):
@@ -118,7 +139,10 @@ def _with_badness(product):
 
 
 def driven(
-    summed: Callable, options: Options, together: Callable | None = None
+    summed: Callable,
+    options: Options,
+    check: Callable[[Any], None],
+    together: Callable | None = None,
 ) -> Callable[..., Params]:
     """The same from `summed`, (params, batch, weights, keys, vectors, at_once) -> sum_i w_i M_i v.
 
@@ -161,17 +185,26 @@ def driven(
         is_whole = size is None or size >= num_all
         plain = together and is_whole and weights is None and keys is None and leave_out is None
         weights = jnp.ones((num_all,)) if weights is None else as_weights(weights)
+        check(keys)
         check_rows(batch, weights, keys)
-        _check_left_out(leave_out, num_all, vectors)
-        params = jax.tree.map(jnp.asarray, params)
+        params = as_params(params)
+        check_like(params, vectors, is_stack=True)
+        if not jax.tree.leaves(params):
+            return vectors
+        check_left_out(leave_out, num_all, num_rows_of(vectors))
         vectors = jax.tree.map(lambda v, p: jnp.asarray(v, p.dtype), vectors, params)
         operands = params, batch, vectors, weights, num_rows, keys, leave_out
-        product = placed_together if plain else placed
-        return in_automatic_axes(product, *operands, specs=lambda: specs_of(vectors))
+        return compiled_once(placed_together if plain else placed, *operands)
 
     see_together: Any = together
 
-    def placed_together(params, batch, vectors, weights, num_rows, keys, leave_out):
+    def placed_together(*operands):
+        return in_automatic_axes(all_together, *operands, specs=lambda: specs_of(operands[2]))
+
+    def placed(*operands):
+        return in_automatic_axes(weighted, *operands, specs=lambda: specs_of(operands[2]))
+
+    def all_together(params, batch, vectors, weights, num_rows, keys, leave_out):
         params, vectors = local_params((params, vectors), (batch, weights, keys))
         share = None if num_rows is None else _inverse(jnp.asarray(num_rows)) * len(weights)
         finish = functools.partial(_finish, share, options.damping)
@@ -180,7 +213,7 @@ def driven(
             product = _cpu.in_loops(lambda *operands: see_together(*operands, at_once, finish))
             return product(params, batch, vectors)
 
-    def placed(params, batch, vectors, weights, num_rows, keys, leave_out):
+    def weighted(params, batch, vectors, weights, num_rows, keys, leave_out):
         params, vectors = local_params((params, vectors), (batch, weights, keys))
         weights, rows = _without(weights, leave_out)
         count = jnp.sum(weights) if num_rows is None else jnp.asarray(num_rows, weights.dtype)
@@ -271,36 +304,10 @@ def _without(weights, leave_out):
     """Weights with one row at zero, or the row ids (k,) that the tangents leave out."""
     if leave_out is None:
         return weights, None
-    rows = jnp.asarray(leave_out)
+    rows = left_out(leave_out, len(weights))
     if rows.ndim == 0:
-        kept = (jnp.arange(len(weights)) != rows) | (rows < 0)
-        return jnp.where(kept, weights, 0), None
+        return jnp.where(jnp.arange(len(weights)) != rows, weights, 0), None
     return weights, rows
-
-
-def _check_left_out(leave_out, num_rows: int, vectors) -> None:
-    """Refuse rows that are none, where the numbers can be seen, and another shape."""
-    if leave_out is None:
-        return
-    concrete = _concrete(leave_out)
-    rows = jnp.asarray(leave_out)
-    if not jnp.issubdtype(rows.dtype, jnp.integer):
-        raise TypeError(f"Expected leave_out of integers, got {rows.dtype}.")
-    if concrete is not None and not np.all((concrete >= -1) & (concrete < num_rows)):
-        raise ValueError(f"Expected leave_out in -1..{num_rows - 1}, got {leave_out}.")
-    num_tangents = num_rows_of(vectors)
-    if rows.ndim and rows.shape != (num_tangents,):
-        raise ValueError(
-            f"Expected leave_out to be one row or of shape ({num_tangents},), got {rows.shape}."
-        )
-
-
-def _concrete(value) -> np.ndarray | None:
-    """The numbers of an array that is not traced."""
-    try:
-        return np.asarray(value)
-    except jax.errors.TracerArrayConversionError:
-        return None
 
 
 def _chunked(rows, size: int):

@@ -14,14 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxunlearn.kernels._primitives import CALLS
+
 if TYPE_CHECKING:
     from jax.extend import core as jex_core
 
 # Traced in place: their body. What a checkpoint would compute again is kept; it is a factor.
-_INLINED = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
-    | {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-)
+_INLINED = CALLS | {
+    *("checkpoint", "remat", "remat2"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+}
 _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _serial = itertools.count()
 

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
+"""Primitives that only call their body, whatever JAX names them."""
+
 
 def convolves(closed: Any) -> bool:
     """Whether `closed`, or a jaxpr inside it, convolves: XLA loops on CPU do that slowly."""

@@ -104,6 +104,8 @@ def hutch_pp_trace(operator: LinearOperator, *, key: Key[Array, ""], num_product
     True
     """
     _check(num_products, 6)
+    if not jax.tree.leaves(operator.domain):
+        return _summary(jnp.zeros((2,)))
     third = num_products // 3
     key_sketch, key_probe = jax.random.split(key)
     sketch = _flat(operator @ _signs(operator.domain, key_sketch, third))
@@ -123,7 +125,7 @@ def _quadratic_forms(operator, key, num_probes: int) -> Float[Array, " k"]:
         jnp.sum((z * az).reshape(num_probes, -1).astype(_wide(az)), axis=1)
         for z, az in zip(jax.tree.leaves(probes), jax.tree.leaves(operator @ probes))
     ]
-    return functools.reduce(jnp.add, forms)
+    return functools.reduce(jnp.add, forms, jnp.zeros((num_probes,)))
 
 
 def _signs(domain, key, num_probes: int) -> PyTree:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxunlearn import tree
+from jaxunlearn.kernels._curvature import check_damping
+from jaxunlearn.kernels._operands import check_like, check_params
 from jaxunlearn.kernels.fisher import Likelihood, empirical_fisher_vp_many, fisher_vp_many
 from jaxunlearn.kernels.products import ggn_vp_many, hvp_many
-from jaxunlearn.kernels.rowwise import num_rows_of
 from jaxunlearn.types import Batch, LossFn, Params
 
 
@@ -21,8 +22,9 @@ class LinearOperator:
 
     `op @ v` takes one vector, or a stack of them with a leading axis on every leaf, and is jitted:
     parameters, batch and weights are its arguments, so operators on other data or at other
-    parameters of the same shapes compile nothing. `a + b`, `a - b`, `2.0 * a`, `-a` and
-    `a.damped(x)` are operators; `a.T` is `a`.
+    parameters of the same shapes compile nothing. `op(v)` is the same, so that `op` itself is the
+    matvec of a solver. `a + b`, `a - b`, `2.0 * a`, `-a` and `a.damped(x)` are operators; `a.T` is
+    `a`.
 
     >>> matrix = hessian_operator(lambda w, x: jnp.mean(w @ w * x))(jnp.zeros(2), jnp.ones(3))
     >>> matrix.damped(0.5) @ jnp.array([1.0, 2.0])
@@ -41,19 +43,15 @@ class LinearOperator:
         raise NotImplementedError
 
     def __matmul__(self, vectors: PyTree) -> PyTree:
-        shapes = jax.tree.map(lambda leaf: leaf.shape, self.domain)
-        got = jax.tree.map(jnp.shape, vectors)
-        if got == shapes:
+        if not _is_stack(self.domain, vectors):
+            check_like(self.domain, vectors)
             stacked = _product(self, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], vectors))
             return jax.tree.map(lambda leaf: leaf[0], stacked)
-        structures: list[Any] = [jax.tree.structure(x) for x in (vectors, self.domain)]
-        same = structures[0] == structures[1]
-        if not same or jax.tree.map(lambda leaf: jnp.shape(leaf)[1:], vectors) != shapes:
-            raise ValueError(
-                f"Expected a vector of shapes {shapes}, or a stack of them, got {got}."
-            )
-        num_rows_of(vectors)
+        check_like(self.domain, vectors, is_stack=True)
         return _product(self, vectors)
+
+    def __call__(self, vectors: PyTree) -> PyTree:
+        return self @ vectors
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,12 +73,15 @@ class LinearOperator:
             units[:, start : start + size].reshape(-1, *leaf.shape).astype(leaf.dtype)
             for leaf, start, size in zip(leaves, starts, sizes)
         ]
+        if not leaves:
+            return units
         columns = jax.tree.leaves(self @ jax.tree.unflatten(treedef, basis))
         return jnp.concatenate([leaf.reshape(len(units), -1) for leaf in columns], axis=1).T
 
     def damped(self, damping: float | Float[Array, ""]) -> "LinearOperator":
-        """self + damping I."""
-        return Sum((self, Scaled(Identity.like(self.domain), damping)))
+        """self + damping I, damping >= 0."""
+        check_damping(damping)
+        return Total((self, Scaled(Identity.like(self.domain), damping)))
 
     def __add__(self, other: "LinearOperator") -> "LinearOperator":
         if not isinstance(other, LinearOperator):
@@ -88,7 +89,7 @@ class LinearOperator:
         shapes = [jax.tree.map(lambda leaf: leaf.shape, op.domain) for op in (self, other)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"Expected operators on the same shapes, got {shapes}.")
-        return Sum((self, other))
+        return Total((self, other))
 
     def __mul__(self, scale: float | Float[Array, ""]) -> "LinearOperator":
         if isinstance(scale, LinearOperator) or jnp.shape(scale) != ():
@@ -175,7 +176,7 @@ class Scaled(LinearOperator):
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["terms"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sum(LinearOperator):
+class Total(LinearOperator):
     """The sum of several operators."""
 
     terms: tuple[LinearOperator, ...]
@@ -200,13 +201,15 @@ def hessian_operator(
       A function (params, batch, **options) -> `LinearOperator`; options: weights, num_rows, keys,
       leave_out, as `hvp` takes them.
 
+    Raises: as `hvp`; TypeError for any other option.
+
     Cost: as `hvp_many` in each `op @ v`.
 
     >>> matrix = hessian_operator(lambda w, x: jnp.mean((x * w) ** 2))
     >>> 2.0 * matrix(jnp.array(1.0), jnp.array([1.0, 3.0])) @ jnp.array(1.0)
     Array(20., dtype=float32)
     """
-    return _maker(hvp_many, (loss_fn,), microbatch_size, tangents_at_once)
+    return _maker("hessian_operator", hvp_many, (loss_fn,), microbatch_size, tangents_at_once)
 
 
 def ggn_operator(
@@ -216,13 +219,18 @@ def ggn_operator(
     microbatch_size: int | None = None,
     tangents_at_once: int | None = None,
 ):
-    """The Gauss-Newton matrix as an operator; arguments as `ggn_vp_many`, the rest as above.
+    """The Gauss-Newton matrix as an operator; arguments as `ggn_vp_many`.
+
+    Returns as `hessian_operator`.
+
+    Cost: as `ggn_vp_many` in each `op @ v`.
 
     >>> matrix = ggn_operator(lambda w, x: w * x, lambda z, x: jnp.mean(z**2))
     >>> matrix(jnp.array(1.0), jnp.array([1.0, 3.0])) @ jnp.array(1.0)
     Array(10., dtype=float32)
     """
-    return _maker(ggn_vp_many, (outputs_fn, outputs_loss), microbatch_size, tangents_at_once)
+    functions = outputs_fn, outputs_loss
+    return _maker("ggn_operator", ggn_vp_many, functions, microbatch_size, tangents_at_once)
 
 
 def fisher_operator(
@@ -237,13 +245,18 @@ def fisher_operator(
 
     Make the likelihood once: one made anew is another function, and compiles again.
 
+    Returns as `hessian_operator`; with `num_samples` the option sample_keys is needed too.
+
+    Cost: as `fisher_vp_many` in each `op @ v`.
+
     >>> from jaxunlearn.kernels import gaussian
     >>> matrix = fisher_operator(lambda w, x: w * x, gaussian())
     >>> matrix(jnp.array(1.0), jnp.array([1.0, 3.0])) @ jnp.array(1.0)
     Array(5., dtype=float32)
     """
     make = _fisher_with(num_samples)
-    return _maker(make, (outputs_fn, likelihood), microbatch_size, tangents_at_once)
+    functions = outputs_fn, likelihood
+    return _maker("fisher_operator", make, functions, microbatch_size, tangents_at_once)
 
 
 def empirical_fisher_operator(
@@ -251,11 +264,16 @@ def empirical_fisher_operator(
 ):
     """The empirical Fisher matrix as an operator; arguments as `empirical_fisher_vp_many`.
 
+    Returns as `hessian_operator`.
+
+    Cost: as `empirical_fisher_vp_many` in each `op @ v`.
+
     >>> matrix = empirical_fisher_operator(lambda w, x: jnp.mean(x * w))
     >>> matrix(jnp.array(1.0), jnp.array([1.0, 3.0])) @ jnp.array(1.0)
     Array(5., dtype=float32)
     """
-    return _maker(empirical_fisher_vp_many, (loss_fn,), microbatch_size, tangents_at_once)
+    name = "empirical_fisher_operator"
+    return _maker(name, empirical_fisher_vp_many, (loss_fn,), microbatch_size, tangents_at_once)
 
 
 @functools.lru_cache(maxsize=16)
@@ -264,14 +282,24 @@ def _fisher_with(num_samples: int | None):
     return functools.partial(fisher_vp_many, num_samples=num_samples)
 
 
-def _maker(make, functions, microbatch_size, tangents_at_once):
+_OPTIONS = ("weights", "num_rows", "keys", "leave_out")
+
+
+def _maker(name: str, make, functions, microbatch_size, tangents_at_once):
     """The function from operands to a `Curvature`."""
+    known = (*_OPTIONS, "sample_keys") if name == "fisher_operator" else _OPTIONS
     hashable = all(isinstance(function, Hashable) for function in functions)
     build = _cached if hashable else _cached.__wrapped__
     many = build(make, functions, microbatch_size, tangents_at_once)
 
     def operator(params: Params, batch: Batch, **options: Any) -> LinearOperator:
-        given = {name: value for name, value in options.items() if value is not None}
+        if not options.keys() <= set(known):
+            unknown = sorted(options.keys() - set(known))
+            raise TypeError(
+                f"Expected options of {name}(...)(params, batch) out of {known}, got {unknown}."
+            )
+        check_params(params)
+        given = {key: value for key, value in options.items() if value is not None}
         return Curvature(params, batch, given, many)
 
     return operator
@@ -281,6 +309,12 @@ def _maker(make, functions, microbatch_size, tangents_at_once):
 def _cached(make, functions, microbatch_size, tangents_at_once):
     """The same products for the same functions, so that a new operator compiles nothing."""
     return make(*functions, microbatch_size=microbatch_size, tangents_at_once=tangents_at_once)
+
+
+def _is_stack(domain: PyTree, vectors: PyTree) -> bool:
+    """Whether `vectors` are a stack: some leaf has an axis more than in `domain`."""
+    pairs = zip(jax.tree.leaves(domain), jax.tree.leaves(vectors))
+    return any(jnp.ndim(own) == len(leaf.shape) + 1 for leaf, own in pairs)
 
 
 @jax.jit

@@ -1,11 +1,13 @@
 """Hessian- and Gauss-Newton-vector products of a mean loss, one vector or many."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from jaxunlearn.kernels._curvature import Options, products, single
+from jaxunlearn.kernels._curvature import Options, named, products, single
+from jaxunlearn.kernels._operands import check_call, mean_loss
 from jaxunlearn.kernels._splits import (
     linear_outputs,
     outputs_losses,
@@ -14,7 +16,7 @@ from jaxunlearn.kernels._splits import (
     usable_rows,
     weighted_total,
 )
-from jaxunlearn.kernels.rowwise import row_losses, widened
+from jaxunlearn.kernels.rowwise import row_losses
 from jaxunlearn.types import Batch, LossFn
 
 
@@ -24,7 +26,8 @@ def hvp(loss_fn: LossFn, *, damping: float = 0.0, microbatch_size: int | None = 
     Forward over reverse (Pearlmutter 1994).
 
     Args:
-      loss_fn: mean of per-example losses.
+      loss_fn: mean of per-example losses. Run `check_loss` on it once: of a sum, or of a loss in
+        which rows meet, the product with weights is not the one without, and no trace shows it.
       damping: >= 0, added to the diagonal.
       microbatch_size: rows differentiated at a time; None takes the batch whole. Bounds memory.
 
@@ -34,7 +37,8 @@ def hvp(loss_fn: LossFn, *, damping: float = 0.0, microbatch_size: int | None = 
       weights: shape (B,); zero removes a row, whatever it holds. Without them `H` is the Hessian
         of the mean; with them, `num_rows` None means `sum(weights)`, and 0 gives `damping * v`.
       keys: typed keys of shape (B,), `example_keys(step_key, ids)`, for a loss that takes a key.
-      leave_out: a row whose weight is taken as zero, its share of the divisor included; -1: none.
+      leave_out: a row whose weight is taken as zero, its share of the divisor included; -1, and
+        where it is traced whatever else is no row: none.
       A row whose inputs or loss are not finite contributes zero, as in `weighted_grad`. Where only
       its derivatives are not, or the vector where H meets it, neither is the product: nothing is
       left out unseen.
@@ -42,7 +46,13 @@ def hvp(loss_fn: LossFn, *, damping: float = 0.0, microbatch_size: int | None = 
 
     Cost: at most three gradients' flops a call, about 1.5 gradients' time; a microbatch where a
       row is not finite and spoils the sum is done twice. Memory: about that of two gradients of a
-      microbatch. On CPU convolutions cost the same inside a loop as outside.
+      microbatch. On CPU convolutions cost the same inside a loop as outside. Outside `jit` a call
+      is traced anew, and compiled the first time.
+
+    Raises:
+      TypeError: a parameter is not floating-point, or leave_out no integer.
+      LossSignatureError: the loss is no scalar, or takes a key and gets none.
+      ValueError: `vector` is not like params, or leave_out is known and no row.
 
     References: Pearlmutter 1994, "Fast exact multiplication by the Hessian", section 3.
 
@@ -94,14 +104,15 @@ def hvp_many(
 
     def whole(params, batch):
         def mean(p):
-            value = widened(loss_fn(p, batch))
+            value = mean_loss("loss_fn", loss_fn(p, batch))
             return value, value
 
         _, product, value = jax.linearize(jax.grad(mean, has_aux=True), params, has_aux=True)
         return value, product
 
     options = Options(damping, microbatch_size, tangents_at_once)
-    return products(maps, usable_rows(loss_fn), options, whole)
+    check = functools.partial(check_call, "loss_fn", loss_fn)
+    return named(products(maps, usable_rows(loss_fn), options, check, whole), "hvp_many")
 
 
 def ggn_vp(
@@ -118,9 +129,10 @@ def ggn_vp(
 
     Args:
       outputs_fn: (params, batch[, key]) -> outputs, a pytree whose leaves have the batch's leading
-        axis; rows must not meet in it. A row is seen as a batch of one.
-      outputs_loss: (outputs, batch) -> scalar, mean of per-example losses; convex in the outputs if
-        `G` is to be positive semi-definite. The batch is where labels come from.
+        axis; rows must not meet in it, since with weights a row is seen as a batch of one. Run
+        `check_loss` on the loss once.
+      outputs_loss: (outputs, batch) -> scalar, mean of per-example losses, no sum; convex in the
+        outputs if `G` is to be positive semi-definite. The batch is where labels come from.
       damping, microbatch_size: as in `hvp`.
 
     Returns:
@@ -171,11 +183,13 @@ def ggn_vp_many(
         outputs, jacobian = jax.linearize(lambda p: outputs_fn(p, batch), params)
 
         def mean(z):
-            value = widened(outputs_loss(z, batch))
+            value = mean_loss("outputs_loss", outputs_loss(z, batch))
             return value, value
 
         _, curvature, value = jax.linearize(jax.grad(mean, has_aux=True), outputs, has_aux=True)
         return value, sandwiched(jacobian, curvature, params)
 
     options = Options(damping, microbatch_size, tangents_at_once)
-    return products(maps, usable_rows(split_loss(outputs_fn, outputs_loss)), options, whole)
+    check = functools.partial(check_call, "outputs_fn", outputs_fn)
+    usable = usable_rows(split_loss(outputs_fn, outputs_loss))
+    return named(products(maps, usable, options, check, whole), "ggn_vp_many")

@@ -1,5 +1,7 @@
 """What a program costs by XLA's count of its operations."""
 
+import contextlib
+
 import jax
 
 
@@ -26,3 +28,19 @@ def without_branches(function, *args):
         values.update(zip(eqn.outvars, out))
     outputs = [read(atom) for atom in closed.jaxpr.outvars]
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that gets one entry for each program that XLA compiles in the meantime."""
+    found = []
+
+    def listen(event, *_, **__):
+        if event.endswith("backend_compile_duration"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -171,6 +171,21 @@ def test_a_row_that_is_not_finite_leaves_the_fisher_matrices_of_the_others(x64):
     assert oracles.relative_gap(empirical(params, batch, vectors, num_rows=ROWS), want) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "bound"),
+    [
+        (kernels.categorical(), 10),
+        (kernels.bernoulli(), 9),
+        (kernels.gaussian(0.7), 1),
+        (kernels.poisson(), 2),
+    ],
+)
+def test_a_likelihood_costs_what_its_docstring_says(likelihood, bound):
+    z = jnp.ones((8, 16))
+    found = jax.jit(likelihood.fisher).lower(z, z).compile().cost_analysis()
+    assert 0 < found.get("flops", 0) + found.get("transcendentals", 0) <= bound * z.size
+
+
 @pytest.mark.slow
 def test_fisher_products_cost_what_their_docstrings_say():
     """Vectors are told from set-up by the flops of two and of four; branches are counted out."""

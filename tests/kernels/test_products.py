@@ -288,8 +288,9 @@ def test_convolutions_scans_and_tokens_give_the_dense_hessian_however_dispatched
 
 def test_a_loop_on_the_cpu_holds_no_convolution_in_a_slow_layout():
     params, batch, vectors = grid_problem(0, np.float32)
-    for size in (None, 2):
-        many = hvp_many(grid_loss, microbatch_size=size)
+    checkpointed = lambda p, b: jnp.mean((jax.checkpoint(grid_outputs)(p, b) - b["y"]) ** 2)
+    for size, loss_fn in ((None, grid_loss), (2, grid_loss), (None, checkpointed)):
+        many = hvp_many(loss_fn, microbatch_size=size)
         jaxpr = jax.make_jaxpr(many)(params, batch, vectors).jaxpr
         layouts = set(convolution_layouts(jaxpr))
         assert layouts == {((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))}
