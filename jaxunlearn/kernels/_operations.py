@@ -11,7 +11,9 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels._checks import is_traced
 from jaxunlearn.kernels._meshes import in_automatic_axes, placed_as_rows
+from jaxunlearn.kernels.factors import Product
 from jaxunlearn.types import Params
 
 if TYPE_CHECKING:
@@ -26,12 +28,32 @@ def margin(dtype) -> float:
     return 1 - 8 * _stable.unit_roundoff(dtype)
 
 
-def lowered(value, dtype) -> Any:
-    """A Python number in `dtype`, rounded towards zero; an array as it is."""
-    if not isinstance(value, int | float | np.number):
-        return value
-    rounded = np.asarray(value, dtype)
-    return np.nextafter(rounded, np.zeros_like(rounded)) if rounded > value else rounded
+def known(name: str, value) -> float | None:
+    """The one number that `value` is, of Python's, NumPy's or JAX's; None where it is traced.
+
+    Refuses what is not one number, and a known one that is not >= 0.
+    """
+    if jnp.shape(value) != ():
+        raise ValueError(f"Expected {name} to be one number, got shape {jnp.shape(value)}.")
+    if is_traced(value) or not getattr(value, "is_fully_addressable", True):
+        return None
+    number = float(value)
+    if not number >= 0:
+        raise ValueError(f"Expected {name}={value} >= 0.")
+    return number
+
+
+def lowered(name: str, value, dtype) -> Any:
+    """A number >= 0 in `dtype`, rounded towards zero: a clip norm, or what is added to a norm.
+
+    A traced one below zero counts as zero, which no contribution exceeds; NaN stays NaN.
+    """
+    number = known(name, value)
+    if number is None:
+        return jnp.maximum(value, 0)
+    rounded = np.asarray(number, dtype)
+    exceeds = float(rounded) > number  # in float64: NumPy would round the number first
+    return np.nextafter(rounded, np.zeros_like(rounded)) if exceeds else rounded
 
 
 def one_group(grads: "PerExampleGradients") -> Groups:
@@ -59,6 +81,19 @@ def _norms_and_uppers(grads: "PerExampleGradients", groups: Groups) -> tuple[tup
         norms.append(_stable.rows_where(grads.contributes, norm))
         uppers.append(_stable.rows_where(grads.contributes, upper))
     return tuple(norms), tuple(uppers)
+
+
+@jax.jit
+def hidden(grads: "PerExampleGradients") -> Float[Array, " b"]:
+    """What the rounding of products can have hidden of the norms of what they are products of."""
+    return placed_as_rows(_hidden, grads, batch=grads.losses)
+
+
+def _hidden(grads: "PerExampleGradients") -> Float[Array, " b"]:
+    own = [factor.hidden for factor in grads.factors if isinstance(factor, Product)]
+    total = _stable.joint_norm(own, grads.losses.shape[0])
+    margin = 1 + (len(own) + 2 * _stable.SLACK) * _stable.unit_roundoff(total.dtype)
+    return _stable.rows_where(grads.contributes, total * margin)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -109,7 +144,17 @@ def clip_scales(upper: Array, clip, *, rescale: bool = False, divisor: float = 1
         scales = jnp.where(fits, 1, clip * margin(upper.dtype) / jnp.where(fits, 1, upper))
     if rescale or divisor != 1:
         scales = scales * (margin(upper.dtype) / divisor)
-    return jnp.minimum(scales, jnp.finfo(upper.dtype).max).astype(upper.dtype)
+    return _in_range(scales, upper.dtype)
+
+
+def _in_range(scales: Array, dtype) -> Array:
+    """Scales as normal numbers: one too small to be normal is rounded by more than u, and is zero.
+
+    Devices differ in whether they keep subnormal numbers; CPU does not.
+    """
+    limits = jnp.finfo(dtype)
+    scales = jnp.where(scales < limits.tiny, 0, jnp.minimum(scales, limits.max))
+    return scales.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))
@@ -133,8 +178,8 @@ def _scaled_sum(grads: "PerExampleGradients", groups: Groups, operands, scales: 
 def automatic_scales(upper: Array, clip, gamma) -> Array:
     """C / (upper + gamma), a little less; zero where both are."""
     total = upper + gamma
-    scales = margin(upper.dtype) * clip / jnp.where(total > 0, total, jnp.inf)
-    return jnp.minimum(scales, jnp.finfo(upper.dtype).max).astype(upper.dtype)
+    scales = margin(upper.dtype) * clip / jnp.where(total == 0, jnp.inf, total)
+    return _in_range(scales, upper.dtype)
 
 
 @jax.jit
@@ -159,6 +204,8 @@ def _gram(grads: "PerExampleGradients", other) -> Float[Array, "b c"]:
     second = grads if other is None else other
     dtype = _stable.widened(grads.losses, second.losses)
     total = jnp.zeros((*grads.losses.shape, *second.losses.shape), dtype)
+    if not total.size:
+        return total
     for k, factor in enumerate(grads.factors):
         total += factor.gram() if other is None else factor.gram(other.factors[k])
     return jnp.where(grads.contributes[:, None] & second.contributes[None, :], total, 0)
@@ -208,8 +255,9 @@ def layer_clip_norms(grads, l2_clip_norm, layer_of) -> tuple[Groups, list]:
 
 def _share(l2_clip_norm, num_layers: int):
     """C / sqrt(k): the norms of k layers then come to at most C together."""
-    if isinstance(l2_clip_norm, int | float | np.number):
-        return float(l2_clip_norm) / num_layers**0.5 * (1 - 2.0**-50)
+    number = known("l2_clip_norm", l2_clip_norm)
+    if number is not None:
+        return number / num_layers**0.5 * (1 - 2.0**-50)
     dtype = jnp.promote_types(jnp.result_type(l2_clip_norm), jnp.float32)
     return jnp.asarray(l2_clip_norm, dtype) * (margin(dtype) / num_layers**0.5)
 

@@ -104,6 +104,12 @@ def all_norm_parts(arrays: Sequence[Array]) -> list[Parts]:
     return found
 
 
+def unguarded_norm_parts(x: Float[Array, "*b n"]) -> Parts:
+    """`norm_parts` by scaling each row, needed or not; r may exceed one."""
+    squares, e = _scaled_squares(x.astype(widened(x)))
+    return jnp.sqrt(squares), e
+
+
 def _are_safe(squares: Array) -> Array:
     """Which sums of squares have not left the range; NaN stays NaN however it is scaled.
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -20,8 +19,8 @@ from jaxunlearn.kernels._meshes import in_automatic_axes, row_specs, shapes_of, 
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
 from jaxunlearn.kernels.factors import Dense, cleaned
 from jaxunlearn.kernels.microbatches import check_size, over_microbatches
-from jaxunlearn.kernels.per_example import check_params, checked_loss, hashable, padding_of
-from jaxunlearn.kernels.rowwise import num_rows_of
+from jaxunlearn.kernels.per_example import checked_loss, hashable, padding_of
+from jaxunlearn.kernels.rowwise import check_params, num_rows_of
 from jaxunlearn.types import Params
 
 AuxiliaryOutput = collections.namedtuple("AuxiliaryOutput", ["values", "grad_norms", "aux"])
@@ -124,8 +123,8 @@ def clipped_grad(
       fun: fun(params, batch) -> scalar, the loss of the rows it is given.
       argnums: what to differentiate with respect to; a tuple gives a tuple of gradients.
       has_aux: `fun` returns (scalar, aux).
-      l2_clip_norm: C >= 0, infinity included; may be traced. 0 gives zero, or with
-        `rescale_to_unit_norm` the sum of g_i / ||g_i||.
+      l2_clip_norm: C >= 0, infinity included. 0 gives zero, or with `rescale_to_unit_norm` the sum
+        of g_i / ||g_i||. May be traced: one below zero then counts as 0, NaN makes all NaN.
       rescale_to_unit_norm: divide by C, so that an example contributes at most 1.
       normalize_by: > 0; divides the result, and the sensitivity.
       batch_argnums: the arguments with a batch axis, first and of the same length. Keyword
@@ -147,6 +146,9 @@ def clipped_grad(
       `AuxiliaryOutput`) if `has_aux`, `return_values` or `return_grad_norms`. It is jitted, and may
       be jitted again; a second call does not compile again, also at another clip norm.
 
+    Rows that `fun` couples (BatchNorm in training mode, token counts over the batch) show in no
+    trace, since a row is seen alone: run `check_loss` once, eagerly.
+
     Cost: that of `PerExampleGradients.clipped_sum`, about one gradient of the batch.
 
     Raises:
@@ -165,12 +167,12 @@ def clipped_grad(
     >>> aux.values, aux.grad_norms
     (Array([ 4.5,  8. , 12.5], dtype=float32), Array([3., 4., 5.], dtype=float32))
     """
-    _check_options(l2_clip_norm, normalize_by, microbatch_size)
+    _check_options(l2_clip_norm, normalize_by)
     call = Call.of(fun, argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
     plan = Plan(
         call,
         pre_clipping_transform,
-        microbatch_size,
+        None if microbatch_size is None else check_size(microbatch_size),
         rescale_to_unit_norm,
         float(normalize_by),
         (return_values, return_grad_norms, has_aux),
@@ -330,30 +332,28 @@ def _transformed(grads: PerExampleGradients, transform: Callable) -> PerExampleG
     )
 
 
-def _check_options(l2_clip_norm, normalize_by, microbatch_size) -> None:
+def _check_options(l2_clip_norm, normalize_by) -> None:
     """Refuse numbers out of range."""
-    if isinstance(l2_clip_norm, int | float | np.number) and not l2_clip_norm >= 0:
-        raise ValueError(f"Expected l2_clip_norm={l2_clip_norm} >= 0.")
+    _operations.known("l2_clip_norm", l2_clip_norm)
     if not (normalize_by > 0 and math.isfinite(normalize_by)):
         raise ValueError(f"Expected a finite normalize_by={normalize_by} > 0.")
-    if microbatch_size is not None:
-        check_size(microbatch_size)
 
 
 def _lowered_clip(params: Params, l2_clip_norm):
-    """The clip norm in the dtype of the norms, rounded towards zero; never negative."""
+    """The clip norm in the dtype of the norms, rounded towards zero."""
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
-    lowered = _operations.lowered(l2_clip_norm, jnp.result_type(jnp.float32, *dtypes))
-    return jnp.maximum(lowered, 0) if isinstance(lowered, jax.Array) else lowered
+    wide = jnp.result_type(jnp.float32, *dtypes)
+    return _operations.lowered("l2_clip_norm", l2_clip_norm, wide)
 
 
 def _over(numerator, denominator: float):
     """The quotient in float64, rounded up; of a traced number, as it comes."""
-    if not isinstance(numerator, int | float | np.number):
-        return numerator / denominator
-    quotient = float(numerator) / denominator
+    number = _operations.known("l2_clip_norm", numerator)
+    if number is None:
+        return jnp.maximum(numerator, 0) / denominator
+    quotient = number / denominator
     if math.isinf(quotient):
         return quotient
-    exact = fractions.Fraction(float(numerator)) / fractions.Fraction(denominator)
+    exact = fractions.Fraction(number) / fractions.Fraction(denominator)
     rounded_down = fractions.Fraction(quotient) < exact
     return math.nextafter(quotient, math.inf) if rounded_down else quotient

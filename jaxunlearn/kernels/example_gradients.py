@@ -7,32 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxunlearn.kernels import _operations, projection, units
-from jaxunlearn.kernels._rules import LeafPath
+from jaxunlearn.kernels._rules import Explanation, LeafPath
 from jaxunlearn.kernels.factors import Factor
 from jaxunlearn.types import Params
 
 LayerOf = Callable[[str], str]
 """From a leaf's name as `explain()` prints it to the name of the layer it belongs to."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """Which leaf took which path; `str()` is a table."""
-
-    rows: tuple[LeafPath, ...]
-
-    def __str__(self) -> str:
-        cells = [("leaf", "shape", "path", "floats per example", "why")]
-        for row in self.rows:
-            shape = "x".join(map(str, row.shape)) or "scalar"
-            cells.append((row.leaf, shape, row.path, str(row.floats), row.reason))
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
-        return "\n".join(lines)
 
 
 @functools.partial(
@@ -92,12 +75,25 @@ class PerExampleGradients:
         return _operations.norms_and_uppers(self, _operations.one_group(self))[0][0]
 
     def norm_bounds(self) -> Float[Array, " b"]:
-        """What rounding can have hidden: exactly computed, ||g_i|| <= norms + norm_bounds, (B,)."""
+        """What rounding can have hidden, (B,): ||g_i|| <= norms + norm_bounds.
+
+        Here g_i is what exact arithmetic makes of the activations and cotangents that
+        backpropagation left, rounded as it did. A leaf that is kept as it came (paths "vector" and
+        "materialised") is taken as backpropagation added it up.
+
+        Clipping asks for less. A leaf of path "product" adds its rounded product to a sum, so its
+        contribution is bounded by the norm of that, which is measured: what the product hides of
+        g_i widens these bounds and no clip weight.
+
+        Cost: that of `norms`, and the norms of the factors that were multiplied out.
+        """
         (norm,), (upper,) = _operations.norms_and_uppers(self, _operations.one_group(self))
-        return upper - norm
+        return upper - norm + _operations.hidden(self)
 
     def leaf_norms(self) -> PyTree:
         """Each ||g_i||_2 of each parameter: a pytree like the parameters, every leaf (B,).
+
+        Cost: that of `norms`.
 
         >>> import jax.numpy as jnp
         >>> from jaxunlearn import kernels
@@ -117,6 +113,8 @@ class PerExampleGradients:
         Args:
           layer_of: names the layer of a leaf, from the leaf's name as `explain()` prints it. None:
             the leaf's name without its last key, so that a weight and its bias are one layer.
+
+        Cost: that of `norms`.
 
         >>> import jax.numpy as jnp
         >>> from jaxunlearn import kernels
@@ -148,9 +146,11 @@ class PerExampleGradients:
         """min(1, C / ||g_i||), each norm taken with its rounding bound, (B,).
 
         `sum(clip_weights(C) * w)` is a weighted clipped sum; one where a row does not contribute.
+
+        Cost: that of `norms`.
         """
         (bounds,) = _operations.norms_and_uppers(self, _operations.one_group(self))[1]
-        clip = _operations.lowered(_checked_clip(l2_clip_norm), bounds.dtype)
+        clip = _operations.lowered("l2_clip_norm", l2_clip_norm, bounds.dtype)
         return _operations.clip_scales(bounds, clip)
 
     def clipped_sum(self, l2_clip_norm: float | Float[Array, ""], *, dtype: Any = None) -> Params:
@@ -160,13 +160,16 @@ class PerExampleGradients:
         contributions up, and the cast to `dtype` or the parameters' own, round as any sum does.
 
         Args:
-          l2_clip_norm: C > 0, infinity included; may be traced.
+          l2_clip_norm: C >= 0, infinity included; 0 gives zero. May be traced: one below zero then
+            counts as 0, and NaN makes the sum NaN.
 
         Cost: `norms` and `sum`.
+
+        Raises:
+          ValueError: a clip norm that is not one number, or known not to be >= 0.
         """
-        clip = _checked_clip(l2_clip_norm)
         scales = _operations.clip_scales
-        return self._scaled_sum(_operations.one_group(self), [(clip,)], scales, dtype)
+        return self._scaled_sum(_operations.one_group(self), [(l2_clip_norm,)], scales, dtype)
 
     def layer_clipped_sum(
         self, l2_clip_norm: PyTree, *, layer_of: LayerOf | None = None, dtype: Any = None
@@ -195,7 +198,7 @@ class PerExampleGradients:
         Array([3., 4.], dtype=float32)
         """
         groups, norms = _operations.layer_clip_norms(self, l2_clip_norm, layer_of)
-        operands = [(_checked_clip(norm),) for norm in norms]
+        operands = [(norm,) for norm in norms]
         return self._scaled_sum(groups, operands, _operations.clip_scales, dtype)
 
     def automatic_sum(
@@ -210,7 +213,8 @@ class PerExampleGradients:
         The float64 norm of every contribution is at most C, rounding included.
 
         Args:
-          gamma: >= 0; small gradients stay small. With 0 it is C times `normalized_sum`.
+          gamma: >= 0; small gradients stay small. With 0 it is C times `normalized_sum`. It may be
+            traced, as C may: below zero they count as 0, and NaN makes the sum NaN.
 
         Cost: that of `clipped_sum`.
 
@@ -223,9 +227,7 @@ class PerExampleGradients:
         >>> print(round(float(grads.automatic_sum(1.0, gamma=1.0)), 3))  # 3 / 4 + 7 / 8
         1.625
         """
-        if isinstance(gamma, int | float) and not gamma >= 0:
-            raise ValueError(f"Expected gamma={gamma} >= 0.")
-        operands = [(_checked_clip(l2_clip_norm), gamma)]
+        operands = [(l2_clip_norm, gamma)]
         scales = _operations.automatic_scales
         return self._scaled_sum(_operations.one_group(self), operands, scales, dtype)
 
@@ -239,11 +241,15 @@ class PerExampleGradients:
         return self.automatic_sum(1.0, gamma=0.0, dtype=dtype)
 
     def _scaled_sum(self, groups, operands, scales, dtype) -> Params:
-        """A sum scaled layer by layer, with every clip norm rounded towards zero."""
+        """A sum scaled layer by layer, with every clip norm, and gamma, rounded towards zero."""
         wide = jnp.promote_types(jnp.float32, self.losses.dtype)
         for own in self.dtypes:
             wide = jnp.promote_types(wide, own)
-        operands = tuple((_operations.lowered(clip, wide), *rest) for clip, *rest in operands)
+        names = ("l2_clip_norm", "gamma")
+        operands = tuple(
+            tuple(_operations.lowered(name, x, wide) for name, x in zip(names, own))
+            for own in operands
+        )
         return _operations.scaled_sum(self, groups, operands, scales, _dtype(dtype))
 
     def dot(self, vector: Params) -> Float[Array, " b"]:
@@ -366,11 +372,17 @@ class PerExampleGradients:
         return units.merge(self, jnp.asarray(units_of_rows), num_units, index)
 
     def materialize(self) -> PyTree:
-        """The gradients, every leaf (B, *shape): B times the memory of the parameters."""
+        """The gradients, every leaf (B, *shape).
+
+        Cost: the flops of the weight gradients of one batch; memory B times that of the parameters.
+        """
         return _operations.materialize(self)
 
     def explain(self) -> Explanation:
-        """Which leaf took which path, and why. Static: it also works on traced gradients."""
+        """Which leaf took which path, and why. Static: it also works on traced gradients.
+
+        Cost: nothing on the device.
+        """
         return Explanation(self.paths)
 
 
@@ -382,11 +394,3 @@ def _shapes(grads: PerExampleGradients):
 def _dtype(dtype):
     """A dtype that can be the key of a compilation cache, or None."""
     return None if dtype is None else jnp.dtype(dtype)
-
-
-def _checked_clip(l2_clip_norm):
-    """Refuse a clip norm that is known not to be positive."""
-    concrete = isinstance(l2_clip_norm, int | float | np.number)
-    if concrete and not l2_clip_norm > 0:
-        raise ValueError(f"Expected l2_clip_norm={l2_clip_norm} > 0.")
-    return l2_clip_norm

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
 from jaxunlearn.kernels.rowwise import (
     as_weights,
+    check_operands,
     check_rows,
     fill_rows,
     finite_rows,
@@ -49,7 +50,15 @@ def weighted_grad(loss_fn: LossFn, *, has_info: bool = False):
       A row whose inputs or loss are not finite contributes zero and is counted in the info.
       Inside `shard_map` it is the gradient of the local rows; sum it with `jax.lax.psum`.
 
+    Rows that a loss couples (BatchNorm in training mode, token counts over the batch) show in no
+    trace, since a row is seen alone: run `check_loss` once, eagerly.
+
     Cost: one batch gradient; a second one in a step where some loss is not finite.
+
+    Raises:
+      ValueError: weights or keys that are not one for each row.
+      LossSignatureError: `loss_fn` does not take these arguments, or does not return a scalar.
+      TypeError: a parameter is not real floating point.
 
     >>> grad = weighted_grad(lambda w, batch: jnp.mean((batch - w) ** 2))
     >>> grad(0.0, jnp.array([1.0, 3.0]), jnp.array([1.0, 0.0]))
@@ -67,6 +76,14 @@ def weighted_grad(loss_fn: LossFn, *, has_info: bool = False):
 
         return jax.value_and_grad(total, has_aux=True)(params)
 
+    # Made once: JAX finds a compiled branch of an eager call again by the function that it is.
+    def without_bad_rows(operands, _):
+        (value, _), grads = value_and_grad(*operands)
+        return value, grads
+
+    def as_it_is(_, found):
+        return found
+
     def gradient(
         params: Params,
         batch: Batch,
@@ -76,6 +93,7 @@ def weighted_grad(loss_fn: LossFn, *, has_info: bool = False):
         keys: Key[Array, "b"] | None = None,
     ):
         check_rows(batch, weights, keys)
+        check_operands(loss_fn, params, batch, keys)
         everywhere: Any = PartitionSpec()
         like_params = lambda: (specs_of(params), GradientInfo(everywhere, everywhere))
         operands = (params, batch, weights, num_rows, keys)
@@ -94,12 +112,9 @@ def weighted_grad(loss_fn: LossFn, *, has_info: bool = False):
         (value, losses), grads = value_and_grad(params, batch, weights, live, divisor, keys)
         finite = live & jnp.isfinite(losses)
 
-        def without_bad_rows(_):
-            (value, _), grads = value_and_grad(params, batch, weights, finite, divisor, keys)
-            return value, grads
-
+        operands = (params, batch, weights, finite, divisor, keys)
         bad_loss = jnp.any(live & ~finite)
-        value, grads = jax.lax.cond(bad_loss, without_bad_rows, lambda kept: kept, (value, grads))
+        value, grads = jax.lax.cond(bad_loss, without_bad_rows, as_it_is, operands, (value, grads))
         grads = _zero_where(~jnp.any(finite), grads)
         info = GradientInfo(value, jnp.sum(counts & ~finite, dtype=jnp.int32))
         return jax.lax.optimization_barrier((grads, info))
@@ -112,6 +127,8 @@ def weighted_loss(loss_fn: LossFn):
 
     Returns a function (params, batch, weights, *, num_rows=None, keys=None) -> scalar.
 
+    Cost: one forward pass.
+
     >>> value = weighted_loss(lambda w, batch: jnp.mean((batch - w) ** 2))
     >>> value(0.0, jnp.array([1.0, 3.0]), jnp.array([1.0, 0.0]))
     Array(1., dtype=float32)
@@ -120,6 +137,7 @@ def weighted_loss(loss_fn: LossFn):
 
     def value(params, batch, weights, *, num_rows=None, keys=None):
         check_rows(batch, weights, keys)
+        check_operands(loss_fn, params, batch, keys)
         weights = as_weights(weights)
         live = (weights != 0) & finite_rows(batch)
         losses = widened(losses_of(params, fill_rows(batch, live), keys))

@@ -1,11 +1,13 @@
 """Per-example gradients of a large batch, a few rows at a time."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
@@ -14,12 +16,11 @@ from jaxunlearn.kernels._primitives import convolves
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
 from jaxunlearn.kernels.per_example import (
     BatchOfOne,
-    check_operands,
     evaluate_rows,
     hashable,
     padding_of,
 )
-from jaxunlearn.kernels.rowwise import local_params, num_rows_of
+from jaxunlearn.kernels.rowwise import check_operands, local_params, num_rows_of
 from jaxunlearn.types import Batch, LossFn, Params
 
 Consume = Callable[[PerExampleGradients], tuple[PyTree, PyTree]]
@@ -58,7 +59,7 @@ def microbatched(
     >>> step(0.0, jnp.array([1.0, 2.0, 3.0]))
     (Array(6., dtype=float32), Array([1., 2., 3.], dtype=float32))
     """
-    check_size(microbatch_size)
+    microbatch_size = check_size(microbatch_size)
     row_loss = BatchOfOne(hashable(loss_fn), has_aux)
 
     @jax.jit
@@ -74,12 +75,17 @@ def microbatched(
     return figures
 
 
-def check_size(microbatch_size) -> None:
-    """Refuse a microbatch that is none."""
-    if isinstance(microbatch_size, bool) or not isinstance(microbatch_size, int):
+def check_size(microbatch_size) -> int:
+    """The size as Python's own, of any kind of integer; refuses a microbatch that is none."""
+    try:
+        size = operator.index(microbatch_size)
+    except TypeError:
+        size = None
+    if size is None or isinstance(microbatch_size, bool | np.bool_):
         raise ValueError(f"Expected an integer microbatch_size, got {microbatch_size!r}.")
-    if microbatch_size < 1:
-        raise ValueError(f"Expected microbatch_size={microbatch_size} >= 1.")
+    if size < 1:
+        raise ValueError(f"Expected microbatch_size={size} >= 1.")
+    return size
 
 
 def over_microbatches(

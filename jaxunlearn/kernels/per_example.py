@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -17,7 +16,7 @@ from jaxunlearn.kernels._meshes import placed_as_rows, specs_of
 from jaxunlearn.kernels._rules import LeafPath, factored
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
 from jaxunlearn.kernels.factors import Dense, cleaned
-from jaxunlearn.kernels.rowwise import local_params, num_rows_of
+from jaxunlearn.kernels.rowwise import check_operands, local_params, num_rows_of
 from jaxunlearn.types import Batch, LossFn, Params
 
 
@@ -40,6 +39,9 @@ def per_example(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., PerE
       padding: rows that are none, whatever they hold; they contribute zero and are not counted as
       not finite. The function is jitted, and may be jitted again. Inside `shard_map` the gradients
       are those of the device's own rows.
+
+    Rows that the loss couples (BatchNorm in training mode, token counts over the batch) show in no
+    trace, since a row is seen alone: run `check_loss` once, eagerly.
 
     Cost: one forward and one backward pass without the weight gradients. Memory: the factors, that
     is the activations and their cotangents; (B, *shape) for a parameter that has no factors, as
@@ -110,40 +112,6 @@ def padding_of(is_padding_example, ids, num_rows: int) -> Bool[Array, " b"] | No
                 f"Expected is_padding_example and ids of shape ({num_rows},), got {padding.shape}."
             )
     return functools.reduce(jnp.logical_or, said) if said else None
-
-
-def check_operands(loss_fn: LossFn, params: Params, batch: Batch, keys) -> None:
-    """Refuse what tracing would only report from deep inside."""
-    operands = ("params", "batch") if keys is None else ("params", "batch", "key")
-    try:
-        inspect.signature(loss_fn).bind(*operands)
-    except TypeError as error:
-        hint = "Pass keys= for a loss that takes a key." if keys is None else "Leave keys= out."
-        raise errors.LossSignatureError(
-            f"Expected loss_fn({', '.join(operands)}) -> scalar, but calling it so fails: {error}. "
-            f"{hint} Close over everything else."
-        ) from error
-    except ValueError:  # a built-in without a signature: the call itself will tell
-        pass
-    check_params(params)
-    num_rows = num_rows_of(batch)
-    if keys is not None and not (
-        jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) and keys.shape == (num_rows,)
-    ):
-        raise ValueError(
-            f"Expected typed keys of shape ({num_rows},), got {keys.dtype} of shape {keys.shape}. "
-            "Make them with jax.random.split(jax.random.key(seed), num_rows)."
-        )
-
-
-def check_params(params: Params) -> None:
-    """Refuse a parameter that has no gradient, by name."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"Expected floating-point parameters, got {jax.dtypes.result_type(leaf)} at "
-                f"params{jax.tree_util.keystr(path)}. Close over it, or move it into the batch."
-            )
 
 
 def checked_loss(returned, has_aux: bool):

@@ -36,8 +36,54 @@ def takes_key(loss_fn: LossFn) -> bool:
     return len(required) == 3 or any(p.name == "key" for p in positional[2:])
 
 
+def check_operands(loss_fn: LossFn, params: Params, batch: Batch, keys) -> None:
+    """Refuse what tracing would only report from deep inside."""
+    operands = ("params", "batch") if keys is None else ("params", "batch", "key")
+    try:
+        inspect.signature(loss_fn).bind(*operands)
+    except TypeError as error:
+        hint = "Pass keys= for a loss that takes a key." if keys is None else "Leave keys= out."
+        raise errors.LossSignatureError(
+            f"Expected loss_fn({', '.join(operands)}) -> scalar, but calling it so fails: {error}. "
+            f"{hint} Close over everything else."
+        ) from error
+    except ValueError:  # a built-in without a signature: the call itself will tell
+        pass
+    check_params(params)
+    num_rows = num_rows_of(batch)
+    if keys is not None and not (
+        jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) and keys.shape == (num_rows,)
+    ):
+        raise ValueError(
+            f"Expected typed keys of shape ({num_rows},), got {keys.dtype} of shape {keys.shape}. "
+            "Make them with kernels.example_keys(step_key, ids), or with "
+            "jax.random.split(jax.random.key(seed), num_rows)."
+        )
+
+
+def check_params(params: Params) -> None:
+    """Refuse a parameter that has no gradient, by name."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = f"params{jax.tree_util.keystr(path)}"
+        if not isinstance(leaf, float | int | complex) and not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"Expected arrays as parameters, got {type(leaf).__name__} at {name}. A module "
+                "holds more than its parameters: split it, params, static = eqx.partition(model, "
+                "eqx.is_inexact_array), and put it together inside loss_fn with eqx.combine."
+            )
+        if not jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"Expected floating-point parameters, got {jax.dtypes.result_type(leaf)} at "
+                f"{name}. Close over it, or move it into the batch; of an Equinox module pass "
+                "eqx.filter(model, eqx.is_inexact_array)."
+            )
+
+
 def example_keys(step_key: Key[Array, ""], ids: Int[Array, "b"]) -> Key[Array, "b"]:
-    """Each example's own key, `fold_in(step_key, id)`: dropping a row shifts no other's dropout."""
+    """Each example's own key, `fold_in(step_key, id)`: dropping a row shifts no other's dropout.
+
+    Cost: one fold for each id.
+    """
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(ids.astype(jnp.uint32))
 
 
@@ -61,6 +107,8 @@ def row_losses(loss_fn: LossFn):
 
     Returns a function (params, batch, keys=None) -> losses of shape (B,).
 
+    Cost: one forward pass.
+
     >>> losses = row_losses(lambda w, batch: jnp.mean((batch - w) ** 2))
     >>> losses(1.0, jnp.array([1.0, 3.0]))
     Array([0., 4.], dtype=float32)
@@ -69,10 +117,11 @@ def row_losses(loss_fn: LossFn):
     def one(params: Params, row: Batch, key: Key[Array, ""] | None):
         single = jax.tree.map(lambda leaf: leaf[None], row)
         value = loss_fn(params, single) if key is None else loss_fn(params, single, key)
-        if jnp.shape(value) != ():
+        shapes = jax.tree.map(jnp.shape, value)
+        if shapes != ():
             raise errors.LossSignatureError(
-                f"Expected loss_fn to return a scalar, the mean over the batch, got shape "
-                f"{jnp.shape(value)}. Take jnp.mean over the rows."
+                "Expected loss_fn to return a scalar, the mean over the batch, got shape "
+                f"{shapes}. Take jnp.mean over the rows, and return nothing else."
             )
         return value
 

@@ -18,10 +18,12 @@ from jaxunlearn.kernels.factors import (
     Lookup,
     Outer,
     Placed,
+    Product,
     Shared,
     Sum,
     cleaned,
     gram_is_cheaper,
+    product_slack,
 )
 
 if TYPE_CHECKING:
@@ -49,17 +51,19 @@ def check(units_of_rows, num_rows: int, num_units: int, max_rows: int | None) ->
         raise ValueError(
             f"Expected units in -1..{num_units - 1}, got {known.min()}..{known.max()}."
         )
-    most = int(np.bincount(known[known >= 0], minlength=1).max())
+    most = 0 if num_units == 0 else int(np.bincount(known[known >= 0], minlength=1).max())
     if max_rows is not None and most > max_rows:
         raise ValueError(f"Expected at most max_rows_per_unit={max_rows} rows, got {most}.")
     return max(1, max_rows or most)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value", "size", "slack"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["value", "size", "hidden", "slack"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
-class Summed(Dense):
+class Summed(Product):
     """Gradients that are sums of several rows' gradients.
 
     slack: (U,), what adding the rows up can have hidden of the norm.
@@ -68,11 +72,14 @@ class Summed(Dense):
     slack: Float[Array, " u"]
 
     def kept(self, mask: Array) -> "Summed":
-        return Summed(*(_stable.rows_where(mask, x) for x in (self.value, self.size, self.slack)))
+        product = super().kept(mask)
+        slack = _stable.rows_where(mask, self.slack)
+        return Summed(product.value, product.size, product.hidden, slack)
 
     def scaled(self, exponents: Array) -> "Summed":
-        dense = super().scaled(exponents)
-        return Summed(dense.value, dense.size, _stable.scale_by(self.slack, exponents))
+        product = super().scaled(exponents)
+        slack = _stable.scale_by(self.slack, exponents)
+        return Summed(product.value, product.size, product.hidden, slack)
 
     def norms(self) -> tuple[Array, Array]:
         norm, upper = super().norms()
@@ -95,7 +102,11 @@ def _merge(grads, units_of_rows, num_units: int, max_rows: int) -> "PerExampleGr
     counts = grads.contributes & (units_of_rows >= 0) & (units_of_rows < num_units)
     places = jnp.where(counts, units_of_rows, num_units)
     table, fits = _table(places, num_units, max_rows)
-    merged = [_merged(factor, counts, places, table, num_units) for factor in grads.factors]
+    if num_units:
+        merged = [_merged(factor, counts, places, table, num_units) for factor in grads.factors]
+    else:
+        empty = zip(grads.paths, grads.dtypes)
+        merged = [Dense.of(jnp.zeros((0, *path.shape), dtype)) for path, dtype in empty]
     sizes = _stable.joint_norm([factor.size for factor in merged], num_units)
     is_finite = jax.lax.optimization_barrier(fits & jnp.isfinite(sizes))
     losses = jax.ops.segment_sum(jnp.where(counts, grads.losses, 0), places, num_units)
@@ -126,7 +137,8 @@ def _merged(factor: Any, counts: Array, places: Array, table: Array, num_units: 
     if _has_tokens(factor):
         merged = _side_by_side(factor, table)
         if isinstance(merged, Outer) and not _stays_factored(merged):
-            return Dense.of(merged.materialize())
+            dense = Dense.of(merged.materialize())
+            return Product(dense.value, dense.size, product_slack(merged))
         return merged
     if isinstance(factor, Sum) and all(map(_has_tokens, factor.parts)):
         return Sum.of(tuple(_side_by_side(part, table) for part in factor.parts), factor.shape)
@@ -175,5 +187,10 @@ def _summed(factor: Factor, places: Array, table: Array, num_units: int) -> Summ
     summed = Dense.of(_stable.contract("ub,b...->u...", members, value))
     _, uppers = factor.norms()
     roundoff = _stable.unit_roundoff(summed.size.dtype)
-    slack = 2 * (table.shape[1] + _stable.SLACK) * roundoff
-    return Summed(summed.value, summed.size, slack * _stable.contract("ub,b->u", members, uppers))
+    relative = 2 * (table.shape[1] + _stable.SLACK) * roundoff
+    hidden = jnp.zeros_like(uppers) if isinstance(factor, Dense) else product_slack(factor)
+    hidden = getattr(factor, "hidden", hidden)
+    hidden, upper = (
+        _stable.contract("ub,b->u", members, x) * (1 + relative) for x in (hidden, uppers)
+    )
+    return Summed(summed.value, summed.size, hidden, relative * upper)

@@ -424,3 +424,32 @@ def test_one_row_moves_a_large_sum_by_no_more_than_is_stated():
         away = [np.linalg.norm(total - totals["padding"]) for total in totals.values()]
         assert max(away) <= stated(kind) + rounding, kind
         assert max(away) >= stated(kind) * (1 - 2e-2), kind
+
+
+# --- what norm_bounds says of products ------------------------------------------------------------
+
+
+def test_norm_bounds_hold_for_gradients_that_are_multiplied_out():
+    """64 tokens that nearly cancel in 5 x 4 weights: float64 on the factors."""
+    rng = np.random.default_rng(0)
+    rows = 100
+
+    def opposed(*shape):
+        first = rng.normal(size=(rows, shape[0] // 2, *shape[1:]))
+        return np.concatenate([first, first * (1 + 1e-6 * rng.normal(size=first.shape))], axis=1)
+
+    x = opposed(64, 5).astype(np.float32)
+    r = opposed(64, 4)
+    r[:, 32:] *= -1
+    r = r.astype(np.float32)
+    grads = kernels.per_example(product)(jnp.zeros((5, 4)), (x, r))
+    assert {row.path for row in grads.explain().rows} == {"product"}
+    exact = np.einsum("btm,btn->bmn", np.float64(x), np.float64(r))
+    true = np.linalg.norm(exact.reshape(rows, -1), axis=1)
+    norms, bounds = (np.float64(v) for v in (grads.norms(), grads.norm_bounds()))
+    assert np.any(true > norms * (1 + 1e-5))  # what is hidden is there to be found
+    assert np.all(true <= norms + bounds)
+    assert np.all(bounds < 1e-3 * np.sqrt((x**2).sum((1, 2)) * (r**2).sum((1, 2))))
+    units = grads.by_unit(np.arange(rows) // 2, num_units=rows // 2)
+    exact = exact.reshape(rows // 2, 2, -1).sum(1)
+    assert np.all(np.linalg.norm(exact, axis=1) <= np.float64(units.norms() + units.norm_bounds()))

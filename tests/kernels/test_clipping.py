@@ -422,6 +422,9 @@ def test_inside_shard_map_the_stated_sensitivity_holds_where_the_usual_way_break
     [
         ({"l2_clip_norm": -1.0}, r"l2_clip_norm=-1\.0 >= 0"),
         ({"l2_clip_norm": float("nan")}, "l2_clip_norm=nan >= 0"),
+        ({"l2_clip_norm": np.float32(-2)}, r"l2_clip_norm=-2\.0 >= 0"),
+        ({"l2_clip_norm": jnp.float32(-2)}, r"l2_clip_norm=-2\.0 >= 0"),
+        ({"l2_clip_norm": np.ones(2)}, "l2_clip_norm to be one number"),
         ({"normalize_by": 0.0}, "normalize_by=0.0 > 0"),
         ({"normalize_by": float("inf")}, "normalize_by=inf > 0"),
         ({"batch_argnums": ()}, "one at least"),

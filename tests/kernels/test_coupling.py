@@ -185,8 +185,52 @@ def keyed(params, batch, key):
     return good(params, batch | {"x": batch["x"] * keep})
 
 
+@pytest.mark.parametrize("content", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_hides_no_coupling(content):
+    batch = batch_of()
+    batch["x"][2] = content
+    check_loss(good, params_of(), batch)
+    with pytest.raises(errors.CoupledLossError, match="BatchNorm in training mode"):
+        check_loss(batch_norm, params_of(), batch)
+    batch["x"][:] = content
+    check_loss(good, params_of(), batch)
+
+
+def test_a_coupling_is_found_where_the_first_rows_do_not_show_it():
+    batch = batch_of(rows=100)
+    batch["mask"][:] = 1
+    batch["mask"][77, 2:] = 0
+    with pytest.raises(errors.CoupledLossError, match="a count taken over the whole batch"):
+        check_loss(tokens_in_the_batch, params_of(), batch)
+    check_loss(tokens_in_each_row, params_of(), batch)
+
+
+def test_no_row_at_all_is_refused():
+    with pytest.raises(ValueError, match="at least one row"):
+        check_loss(good, params_of(), jax.tree.map(lambda leaf: leaf[:0], batch_of()))
+
+
+def test_a_parameter_without_a_gradient_is_named():
+    with pytest.raises(TypeError, match=r"int32 at params\['steps'\]"):
+        check_loss(good, params_of() | {"steps": np.int32(3)}, batch_of())
+    with pytest.raises(TypeError, match=r"function at params\['act'\].*\n?.*eqx\.partition"):
+        check_loss(good, params_of() | {"act": good}, batch_of())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_coupling_of_a_keyed_loss_is_found_in_expectation(seed):
+    batch, key = batch_of(seed), jax.random.key(seed)
+    for coupled in (batch_norm, sum_of_losses, tokens_in_the_batch):
+        noisy = lambda params, batch, key, coupled=coupled: coupled(
+            params, batch | {"x": batch["x"] + 0.01 * jax.random.normal(key, batch["x"].shape)}
+        )
+        with pytest.raises(errors.CoupledLossError):
+            check_loss(noisy, params_of(seed), batch, key=key)
+    for seeds in range(10 * seed, 10 * seed + 3):
+        check_loss(keyed, params_of(seed), batch, key=jax.random.key(seeds))
+
+
 def test_a_keyed_loss_is_checked_for_shape():
-    check_loss(keyed, params_of(), batch_of(), key=jax.random.key(0))
     with pytest.raises(errors.LossSignatureError, match="scalar"):
         check_loss(
             lambda params, batch, key: losses_of(params, batch),

@@ -42,7 +42,7 @@ LOSSES = {
 
 @functools.cache
 def gradient_of(loss_fn, **options):
-    """`weighted_grad`, compiled once: it holds a cond, which compiles on every eager call."""
+    """`weighted_grad`, compiled as a whole."""
     return jax.jit(weighted_grad(loss_fn, **options))
 
 
@@ -411,3 +411,35 @@ def test_it_vmaps_over_weights():
     for i in range(ROWS):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
         assert oracles.relative_gap(one, gradient(deletions[i])) < 1e-6
+
+
+def test_an_eager_call_compiles_once(caplog):
+    grad = weighted_grad(softmax_loss)
+    grad(*softmax_operands(0))
+    operands = softmax_operands(1)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        grad(*operands)
+    assert not [r for r in caplog.records if r.getMessage().startswith("Compiling")]
+
+
+def softmax_operands(seed):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"w": normal(FEATURES, CLASSES), "b": normal(CLASSES)}
+    batch = {"x": normal(ROWS, FEATURES), "y": jnp.asarray(rng.integers(0, CLASSES, ROWS))}
+    return params, batch, jnp.ones(ROWS)
+
+
+@pytest.mark.parametrize("make", [weighted_grad, weighted_loss])
+def test_operands_that_have_no_gradient_are_named(make):
+    params, batch, weights = softmax_operands(0)
+    with pytest.raises(TypeError, match=r"int32 at params\['n'\]"):
+        make(softmax_loss)(params | {"n": jnp.int32(3)}, batch, weights)
+    with pytest.raises(
+        TypeError, match=r"Expected arrays as parameters, got .* at params\['act'\]"
+    ):
+        make(softmax_loss)(params | {"act": jax.nn.relu}, batch, weights)
+    with pytest.raises(errors.LossSignatureError, match="Pass keys="):
+        make(lambda p, b, key: softmax_loss(p, b))(params, batch, weights)
+    with pytest.raises(errors.LossSignatureError, match="Expected loss_fn to return a scalar"):
+        make(lambda p, b: (softmax_loss(p, b), 0.0))(params, batch, weights)

@@ -151,3 +151,12 @@ def test_a_second_call_does_not_trace_again():
 def test_a_microbatch_that_is_none_is_refused(size):
     with pytest.raises(ValueError, match="microbatch_size"):
         kernels.microbatched(dense, figures, microbatch_size=size)
+
+
+def test_any_integer_is_a_microbatch_size():
+    loss_fn, params, batch = CASES["dense"]
+    step = kernels.microbatched(loss_fn, figures, microbatch_size=np.int64(3))
+    assert_alike(step(params, batch), figures(kernels.per_example(loss_fn)(params, batch)))
+    for size in (3.0, True, np.bool_(True), "3"):
+        with pytest.raises(ValueError, match="integer microbatch_size"):
+            kernels.microbatched(loss_fn, figures, microbatch_size=size)

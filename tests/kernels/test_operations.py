@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxunlearn import kernels
-from jaxunlearn.kernels import projection
+from jaxunlearn.kernels import _operations, projection
 
 SEEDS = st.integers(0, 2**31 - 1)
 few = settings(max_examples=8, deadline=None)
@@ -186,8 +186,75 @@ def test_a_pytree_of_clip_norms_has_a_layer_for_each_of_its_leaves(case):
     assert_near(flat(grads.layer_clipped_sum(clips)), flat(want))
     with pytest.raises(ValueError, match="one number, a dict"):
         grads.layer_clipped_sum({"table": 0.1})
-    with pytest.raises(ValueError, match=r"Expected l2_clip_norm=-0\.3 > 0"):
+    with pytest.raises(ValueError, match=r"Expected l2_clip_norm=-0\.3 >= 0"):
         grads.layer_clipped_sum(clips | {"head": -0.3})
+
+
+NUMBERS = [float, np.float32, np.float64, np.asarray, jnp.float32]
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_a_number_out_of_range_is_refused_whatever_its_type(case, kind):
+    grads, _, _ = case
+    for bad in (-1.2, np.nan):
+        bad = kind(bad)
+        calls = [
+            lambda bad=bad: grads.clipped_sum(bad),
+            lambda bad=bad: grads.clip_weights(bad),
+            lambda bad=bad: grads.layer_clipped_sum(bad),
+            lambda bad=bad: grads.automatic_sum(bad),
+            lambda bad=bad: grads.automatic_sum(1.0, gamma=bad),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match=r"(l2_clip_norm|gamma)=.* >= 0"):
+                call()
+    with pytest.raises(ValueError, match="one number"):
+        grads.clipped_sum(kind(1.0) * np.ones(2, np.float32))
+
+
+def test_a_traced_number_out_of_range_never_exceeds_the_bound(case):
+    grads, _, _ = case
+
+    @jax.jit
+    def sums(clip, gamma):
+        return grads.clipped_sum(clip), grads.automatic_sum(1.0, gamma=gamma)
+
+    clipped, automatic = sums(-1.0, -1.2)
+    assert not flat(clipped).any()
+    assert_near(flat(automatic), flat(grads.normalized_sum()))
+    for total in sums(jnp.nan, jnp.nan):
+        assert all(np.isnan(leaf).any() for leaf in jax.tree.leaves(total))
+    assert not flat(grads.clipped_sum(0.0)).any()
+
+
+@given(value=st.floats(1e-30, 1e30))
+@settings(max_examples=50, deadline=None)
+def test_a_clip_norm_is_rounded_towards_zero(value):
+    rounded = _operations.lowered("l2_clip_norm", value, np.float32)
+    assert float(rounded) <= value < float(np.nextafter(rounded, np.float32(np.inf)))
+
+
+def test_a_scale_that_is_no_normal_number_is_zero():
+    upper = jnp.asarray([1.0, 1e3, 0.0], jnp.float32)
+    tiny = float(np.finfo(np.float32).tiny)
+    scales = _operations.clip_scales(upper, np.float32(8 * tiny))
+    assert scales[0] >= tiny
+    assert scales[1] == 0
+    assert scales[2] == 1
+    assert _operations.automatic_scales(upper, np.float32(8 * tiny), np.float32(0))[1] == 0
+    assert _operations.clip_scales(upper, np.float32(1), divisor=1e36)[1] == 0
+    assert np.isnan(_operations.clip_scales(upper, np.float32(np.nan))).all()
+
+
+def test_no_rows_have_a_gram_matrix_and_no_units_a_sum(case):
+    grads, _, _ = case
+    params, batch = operands()
+    none = kernels.per_example(loss_fn)(params, jax.tree.map(lambda leaf: leaf[:0], batch))
+    assert none.gram(grads).shape == (0, NUM_ROWS)
+    assert grads.gram(none).shape == (NUM_ROWS, 0)
+    empty = grads.by_unit(jnp.full((NUM_ROWS,), -1), num_units=0)
+    assert empty.norms().shape == (0,)
+    assert not flat(empty.clipped_sum(1.0)).any()
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """From the equation that made a gradient to the factors it can be kept as."""
 
-from jaxunlearn.kernels._rules._plan import LeafPath, factored
+from jaxunlearn.kernels._rules._plan import Explanation, LeafPath, factored
 
-__all__ = ["LeafPath", "factored"]
+__all__ = ["Explanation", "LeafPath", "factored"]

@@ -20,10 +20,10 @@ from jaxunlearn.kernels.factors import (
     Sum,
     built,
     gram_is_cheaper,
-    unmeasured,
+    multiplied,
 )
 
-__all__ = ["LeafPath", "factored"]
+__all__ = ["Explanation", "LeafPath", "factored"]
 
 _RULE_MODULES = (_convolution, _loops, _moves, _products, _tables)  # importing enters their rules
 
@@ -37,6 +37,22 @@ class LeafPath:
     path: str
     floats: int
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which leaf took which path; `str()` is a table."""
+
+    rows: tuple[LeafPath, ...]
+
+    def __str__(self) -> str:
+        cells = [("leaf", "shape", "path", "floats per example", "why")]
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape)) or "scalar"
+            cells.append((row.leaf, shape, row.path, str(row.floats), row.reason))
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+        return "\n".join(lines)
 
 
 def factored(
@@ -89,7 +105,7 @@ def _as_shared(origins: dict[Node, Node], values: dict[Node, Any]) -> dict[int, 
 def _factor_plan(form: Form, path: str, values: dict[Node, Any]) -> Plan:
     """How the factor is made, multiplied out where that is its path."""
     plan = form.plan(values)
-    return Dense.plan(unmeasured(plan).materialize()) if path == "product" else plan
+    return multiplied(plan) if path == "product" else plan
 
 
 def _plan(node: Node) -> tuple[Form, str, str]:

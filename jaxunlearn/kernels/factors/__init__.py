@@ -16,7 +16,7 @@ class with these and a rule in `_rules` that builds it.
 """
 
 from jaxunlearn.kernels.factors._conv import Conv, Geometry
-from jaxunlearn.kernels.factors._dense import Dense, Placed, Shared
+from jaxunlearn.kernels.factors._dense import Dense, Placed, Product, Shared
 from jaxunlearn.kernels.factors._lookup import Lookup
 from jaxunlearn.kernels.factors._masked import cleaned
 from jaxunlearn.kernels.factors._outer import Outer, gram_is_cheaper, gram_is_tight
@@ -28,10 +28,9 @@ from jaxunlearn.kernels.factors._protocol import (
     built,
     gram_by_rows,
     pack,
-    unmeasured,
     unpack,
 )
-from jaxunlearn.kernels.factors._sum import Sum
+from jaxunlearn.kernels.factors._sum import Sum, multiplied, product_slack
 
 __all__ = [
     "LOOSE",
@@ -43,6 +42,7 @@ __all__ = [
     "Outer",
     "Placed",
     "Plan",
+    "Product",
     "Shared",
     "Steps",
     "Sum",
@@ -51,7 +51,8 @@ __all__ = [
     "gram_by_rows",
     "gram_is_cheaper",
     "gram_is_tight",
+    "multiplied",
     "pack",
-    "unmeasured",
+    "product_slack",
     "unpack",
 ]

@@ -91,6 +91,29 @@ class Dense:
 
 
 @functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["value", "size", "hidden"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Product(Dense):
+    """Gradients that were multiplied out.
+
+    hidden: (B,), what the rounding of the product can have hidden of the norm that its factors have
+    in exact arithmetic. `norms` leaves it out: sums add up the rounded product itself.
+    """
+
+    hidden: Float[Array, " b"]
+
+    def kept(self, mask: Array) -> "Product":
+        dense = super().kept(mask)
+        return Product(dense.value, dense.size, self.hidden)
+
+    def scaled(self, exponents: Array) -> "Product":
+        """Times 2^e: (B,) exponents."""
+        dense = super().scaled(exponents)
+        return Product(dense.value, dense.size, _stable.scale_by(self.hidden, exponents))
+
+
+@functools.partial(
     jax.tree_util.register_dataclass, data_fields=["value", "rows", "size"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)

@@ -46,13 +46,6 @@ def answered(plan: Plan, norms: list[Parts]) -> Any:
     raise AssertionError("A plan asks once.")
 
 
-def unmeasured(plan: Plan) -> Any:
-    """A factor whose `size` means nothing, for what does not read it."""
-    asked = next(plan)
-    norms = [(jnp.ones(x.shape[:-1], widened(x)), jnp.zeros(x.shape[:-1], int)) for x in asked]
-    return answered(plan, norms)
-
-
 class Factor(Protocol):
     """What `PerExampleGradients` needs to know of one parameter's gradients."""
 

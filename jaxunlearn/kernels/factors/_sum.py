@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._stable import contract, unit_roundoff
-from jaxunlearn.kernels.factors._dense import Shared
+from jaxunlearn.kernels.factors._dense import Dense, Product, Shared
 from jaxunlearn.kernels.factors._lookup import Lookup
 from jaxunlearn.kernels.factors._outer import Outer
 from jaxunlearn.kernels.factors._protocol import (
@@ -118,8 +118,7 @@ class Sum:
     @property
     def _contribution_slack(self) -> Array:
         """What the rounding of a contribution, part after part, can add to its norm."""
-        depth = max(map(_num_tokens, self.parts)) + len(self.parts) + _stable.SLACK
-        return 2 * depth * unit_roundoff(self.size.dtype) * self.size
+        return product_slack(self)
 
     def _direct_norms(self) -> tuple[Array, Array]:
         """Norms of the sums themselves, a few examples at a time."""
@@ -159,6 +158,22 @@ class Sum:
 
     def materialize(self) -> Array:
         return functools.reduce(jnp.add, (part.materialize() for part in self.parts))
+
+
+def multiplied(plan: Plan) -> Plan:
+    """The product of the factor that a plan makes, as a plan."""
+    asked = next(plan)
+    # No branch: where nobody asks what is hidden, XLA leaves all of this out.
+    factor = answered(plan, [_stable.unguarded_norm_parts(x) for x in asked])
+    dense = yield from Dense.plan(factor.materialize())
+    return Product(dense.value, dense.size, product_slack(factor))
+
+
+def product_slack(factor) -> Array:
+    """What the rounding of a product, part after part, can add to its norm or hide of it."""
+    parts = factor.parts if isinstance(factor, Sum) else (factor,)
+    depth = max(map(_num_tokens, parts)) + len(parts) + _stable.SLACK
+    return 2 * depth * unit_roundoff(factor.size.dtype) * factor.size
 
 
 def disjoint(first, second, shape: tuple[int, ...]) -> bool:
