@@ -11,21 +11,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxunlearn import errors
 from jaxunlearn.kernels._checks import concrete
-from jaxunlearn.kernels.rowwise import widened
+from jaxunlearn.kernels.rowwise import check_params, widened
 from jaxunlearn.types import Params
 
 _REAL = (np.bool_, np.integer, np.floating)
-
-
-def check_params(params: Params) -> None:
-    """Refuse a parameter that has no gradient, by name."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = jax.dtypes.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"Expected floating-point parameters, got {dtype} at "
-                f"params{jax.tree_util.keystr(path)}. Close over it, or move it into the batch."
-            )
 
 
 def as_params(params: Params) -> Params:

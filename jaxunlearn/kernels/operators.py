@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxunlearn import tree
 from jaxunlearn.kernels._curvature import check_damping
-from jaxunlearn.kernels._operands import check_like, check_params
+from jaxunlearn.kernels._operands import check_like
 from jaxunlearn.kernels.fisher import Likelihood, empirical_fisher_vp_many, fisher_vp_many
 from jaxunlearn.kernels.products import ggn_vp_many, hvp_many
+from jaxunlearn.kernels.rowwise import check_params
 from jaxunlearn.types import Batch, LossFn, Params
 
 
