@@ -189,7 +189,7 @@ def _summed(factor: Factor, places: Array, table: Array, num_units: int) -> Summ
     roundoff = _stable.unit_roundoff(summed.size.dtype)
     relative = 2 * (table.shape[1] + _stable.SLACK) * roundoff
     hidden = jnp.zeros_like(uppers) if isinstance(factor, Dense) else product_slack(factor)
-    hidden = getattr(factor, "hidden", hidden)
+    hidden = jnp.where(places < num_units, getattr(factor, "hidden", hidden), 0)
     hidden, upper = (
         _stable.contract("ub,b->u", members, x) * (1 + relative) for x in (hidden, uppers)
     )

@@ -453,3 +453,8 @@ def test_norm_bounds_hold_for_gradients_that_are_multiplied_out():
     units = grads.by_unit(np.arange(rows) // 2, num_units=rows // 2)
     exact = exact.reshape(rows // 2, 2, -1).sum(1)
     assert np.all(np.linalg.norm(exact, axis=1) <= np.float64(units.norms() + units.norm_bounds()))
+    x[0] = np.nan
+    units = kernels.per_example(product)(jnp.zeros((5, 4)), (x, r)).by_unit(
+        np.arange(rows) // 2, num_units=rows // 2
+    )
+    assert np.all(np.isfinite(units.norm_bounds()))
