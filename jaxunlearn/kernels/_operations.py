@@ -83,6 +83,39 @@ def _norms_and_uppers(grads: "PerExampleGradients", groups: Groups) -> tuple[tup
     return tuple(norms), tuple(uppers)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def bounds(grads: "PerExampleGradients", groups: Groups) -> tuple[tuple, tuple]:
+    """For each layer what scales are made of: upper bounds, (B,), and `Limits`.
+
+    The norm that w_i times a layer's gradient has as a sum adds it up exceeds w_i `upper` by at
+    most the reach: by what has become too small to be a normal number on the way, and is zero. With
+    a weight of one it does not exceed `upper`.
+    """
+    return placed_as_rows(lambda g: _bounds(g, groups), grads, batch=grads.losses)
+
+
+def _bounds(grads: "PerExampleGradients", groups: Groups) -> tuple[tuple, tuple]:
+    _, uppers = _norms_and_uppers(grads, groups)
+    raised, limits = [], []
+    for group, upper in enumerate(uppers):
+        members = [factor for factor, own in zip(grads.factors, groups) if own == group]
+        floor = sum(factor.floor for factor in members)
+        start = _stable.Limits.plain(upper, floor)
+        own = functools.reduce(_stable.Limits.also, (f.limits for f in members), start)
+        # Twice: for what the bound has lost, and for what the sum does.
+        is_zero = functools.reduce(
+            jnp.logical_and, (factor.size == 0 for factor in members), ~grads.contributes | True
+        )
+        raised.append(jnp.where(is_zero | ~grads.contributes, 0, upper + 2 * floor))
+        limits.append(
+            _stable.Limits(
+                jnp.where(grads.contributes, own.reach, 0),
+                jnp.where(grads.contributes, own.largest, jnp.inf),
+            )
+        )
+    return tuple(raised), tuple(limits)
+
+
 @jax.jit
 def hidden(grads: "PerExampleGradients") -> Float[Array, " b"]:
     """What the rounding of products can have hidden of the norms of what they are products of."""
@@ -131,28 +164,39 @@ def _leaf_sums(factors, weights, groups: Groups) -> list[Array]:
     return [factor.sum(weights[group]) for factor, group in zip(factors, groups)]
 
 
-def clip_scales(upper: Array, clip, *, rescale: bool = False, divisor: float = 1.0) -> Array:
+NO_LIMITS = _stable.Limits(0.0, float("inf"))
+"""Of numbers that no weight takes out of the range."""
+
+
+def clip_scales(
+    upper: Array, clip, *, limits=NO_LIMITS, rescale: bool = False, divisor: float = 1.0
+) -> Array:
     """min(1, C / upper), over C where `rescale`, over `divisor`; (B,).
 
-    Times a number that is at most `upper`, never more than C, or 1, over the divisor.
+    Times a number that is at most `upper`, and the reach more, never more than C, or 1, over the
+    divisor. The reach is beyond the last digit of C but in rows of extreme magnitudes.
     """
+    reach = limits.reach
     if rescale:
         larger = jnp.maximum(upper, clip)
-        scales = 1 / jnp.where(larger > 0, larger, jnp.inf)
+        left = jnp.maximum(1 - reach * divisor, 0)
+        scales = left / jnp.where(larger > 0, larger, jnp.inf)
     else:
-        fits = upper <= clip
-        scales = jnp.where(fits, 1, clip * margin(upper.dtype) / jnp.where(fits, 1, upper))
+        left = jnp.maximum(clip - reach * divisor, 0)
+        fits = upper <= (clip if divisor == 1 else left)
+        scales = jnp.where(fits, 1, left * margin(upper.dtype) / jnp.where(fits, 1, upper))
     if rescale or divisor != 1:
         scales = scales * (margin(upper.dtype) / divisor)
-    return _in_range(scales, upper.dtype)
+    return _in_range(scales, limits.largest, upper.dtype)
 
 
-def _in_range(scales: Array, dtype) -> Array:
+def _in_range(scales: Array, largest, dtype) -> Array:
     """Scales as normal numbers: one too small to be normal is rounded by more than u, and is zero.
 
     Devices differ in whether they keep subnormal numbers; CPU does not.
     """
     limits = jnp.finfo(dtype)
+    scales = jnp.minimum(scales, largest)
     scales = jnp.where(scales < limits.tiny, 0, jnp.minimum(scales, limits.max))
     return scales.astype(dtype)
 
@@ -168,18 +212,20 @@ def scaled_sum(grads: "PerExampleGradients", groups: Groups, operands, scales: C
 
 
 def _scaled_sum(grads: "PerExampleGradients", groups: Groups, operands, scales: Callable, dtype):
-    _, uppers = norms_and_uppers(grads, groups)
+    uppers, limits = bounds(grads, groups)
     weights = tuple(
-        lax.optimization_barrier(scales(upper, *own)) for upper, own in zip(uppers, operands)
+        lax.optimization_barrier(scales(upper, *own, limits=limit))
+        for upper, limit, own in zip(uppers, limits, operands)
     )
     return weighted_sum(grads, weights, groups, dtype)
 
 
-def automatic_scales(upper: Array, clip, gamma) -> Array:
+def automatic_scales(upper: Array, clip, gamma, *, limits=NO_LIMITS) -> Array:
     """C / (upper + gamma), a little less; zero where both are."""
     total = upper + gamma
-    scales = margin(upper.dtype) * clip / jnp.where(total == 0, jnp.inf, total)
-    return _in_range(scales, upper.dtype)
+    scales = margin(upper.dtype) * jnp.maximum(clip - limits.reach, 0)
+    scales = scales / jnp.where(total == 0, jnp.inf, total)
+    return _in_range(scales, limits.largest, upper.dtype)
 
 
 @jax.jit

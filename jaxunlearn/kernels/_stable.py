@@ -7,6 +7,7 @@ here count roundings, times u, with a margin that covers the second-order terms.
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +145,44 @@ def joint_norm(norms: list[Float[Array, " b"]], num_examples: int) -> Float[Arra
     # Few numbers: no branch is worth its compilation.
     squares, e = _scaled_squares(jnp.stack([n.astype(dtype) for n in norms], axis=-1))
     return scale_by(jnp.sqrt(squares), e)
+
+
+def underflow(count: int, dtype) -> float:
+    """Bound on the norm of what `count` numbers lose that are flushed to zero, twice over."""
+    return 2 * float(jnp.finfo(dtype).tiny) * count**0.5
+
+
+class Limits(NamedTuple):
+    """What weights do to numbers that are not of plain magnitude, for each row.
+
+    reach: a bound on the norm of what w_i g_i loses that is flushed to zero, for a w_i that is not
+    one. largest: the w_i up to which nothing overflows.
+    """
+
+    reach: Float[Array, " b"] | float
+    largest: Float[Array, " b"] | float
+
+    @classmethod
+    def plain(cls, size: Float[Array, " b"], reach: float) -> "Limits":
+        """Of numbers that a weight multiplies where they are."""
+        return cls(jnp.full_like(size, reach), jnp.full_like(size, jnp.inf))
+
+    @classmethod
+    def of(cls, weighted: Parts, other: Parts, count: int, dtype) -> "Limits":
+        """Of vectors of `count` numbers that a weight multiplies first, and what they meet then.
+
+        The reach cannot overflow: `tiny` times the largest number is below 4.
+        """
+        limits = jnp.finfo(dtype)
+        (r, e), (_, own) = ((x.reshape(x.shape[0], -1) for x in pair) for pair in (other, weighted))
+        top, highest = (jnp.max(x, axis=1, initial=limits.minexp) for x in (e, own))
+        total = jnp.sum(scale_by(r.astype(dtype), e - top[:, None]), axis=1)
+        largest = scale_by(jnp.ones_like(total), limits.maxexp - 2 - highest)
+        return cls(scale_by(2 * count**0.5 * total, top + limits.minexp), largest)
+
+    def also(self, other: "Limits") -> "Limits":
+        """Of both."""
+        return Limits(self.reach + other.reach, jnp.minimum(self.largest, other.largest))
 
 
 def contract(subscripts: str, *arrays: Array) -> Array:

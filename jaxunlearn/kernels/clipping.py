@@ -269,9 +269,9 @@ class Plan:
         """(the clipped sum, the figures per example) of the rows of one microbatch."""
         clipped = grads if self.transform is None else _transformed(grads, self.transform)
         everything = _operations.one_group(clipped)
-        (upper,) = _operations.norms_and_uppers(clipped, everything)[1]
+        (upper,), (limits,) = _operations.bounds(clipped, everything)
         weights = _operations.clip_scales(
-            upper, l2_clip_norm, rescale=self.rescale, divisor=self.divisor
+            upper, l2_clip_norm, limits=limits, rescale=self.rescale, divisor=self.divisor
         )
         weights = jax.lax.optimization_barrier(weights)
         total = _operations.weighted_sum(clipped, (weights,), everything, self.dtype)

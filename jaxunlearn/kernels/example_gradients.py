@@ -149,15 +149,17 @@ class PerExampleGradients:
 
         Cost: that of `norms`.
         """
-        (bounds,) = _operations.norms_and_uppers(self, _operations.one_group(self))[1]
-        clip = _operations.lowered("l2_clip_norm", l2_clip_norm, bounds.dtype)
-        return _operations.clip_scales(bounds, clip)
+        (upper,), (limits,) = _operations.bounds(self, _operations.one_group(self))
+        clip = _operations.lowered("l2_clip_norm", l2_clip_norm, upper.dtype)
+        return _operations.clip_scales(upper, clip, limits=limits)
 
     def clipped_sum(self, l2_clip_norm: float | Float[Array, ""], *, dtype: Any = None) -> Params:
         """sum_i g_i min(1, C / ||g_i||), each norm taken with its rounding bound.
 
         The float64 norm of every contribution is at most C, rounding included; adding the
         contributions up, and the cast to `dtype` or the parameters' own, round as any sum does.
+        What underflows on the way is allowed for: where that may come to C (left factors beyond
+        about 1e37 C in float32, say) a contribution is zero.
 
         Args:
           l2_clip_norm: C >= 0, infinity included; 0 gives zero. May be traced: one below zero then

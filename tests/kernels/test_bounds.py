@@ -426,6 +426,138 @@ def test_one_row_moves_a_large_sum_by_no_more_than_is_stated():
         assert max(away) >= stated(kind) * (1 - 2e-2), kind
 
 
+# --- weights and products too small to be normal numbers ------------------------------------------
+
+NUM_EXTREME = 48
+PLAINS = np.arange(NUM_EXTREME) % 4 == 0
+
+
+def uncancelled(rng):
+    """How much of each row is left: a tenth of the plain ones."""
+    return np.where(PLAINS, 0.1, 10.0 ** rng.uniform(-7, -1, NUM_EXTREME))
+
+
+def extreme_rows(rng, left, right, axis=1):
+    """Tokens that cancel, and factors of any exponents whose products stay in the range.
+
+    One row in four is of plain magnitude.
+    """
+    x, g = (rng.normal(size=(NUM_EXTREME, *shape)) for shape in (left, right))
+    x[:] = flattened(rng, x, [axis], 0)
+    epsilon = uncancelled(rng).reshape(-1, *[1] * (g.ndim - 1))
+    cancelling = opposite(rng, g, axis, 0) + epsilon * np.abs(g)
+    g = np.where(rng.random(epsilon.shape) < 0.8, cancelling, g) if g.shape[axis] > 1 else g
+    tokens = rng.integers(0, 12, g.shape[: axis + 1]) * rng.integers(0, 2, NUM_EXTREME)[:, None]
+    g = np.ldexp(g, tokens.reshape(*tokens.shape, *[1] * (g.ndim - axis - 1)))
+    first = rng.integers(-120, 118, NUM_EXTREME)
+    both = rng.integers(-150, 90, NUM_EXTREME)
+    second = np.clip(both - first, -124, 106)
+    first = np.clip(first, -150 - second, 90 - second)
+    return [
+        np.ldexp(each, np.where(PLAINS, 0, e).reshape(-1, *[1] * (each.ndim - 1))).astype(
+            np.float32
+        )
+        for each, e in ((x, first), (g, second))
+    ]
+
+
+def extreme_table(rng):
+    _, g = extreme_rows(rng, (2, 1), (2, 12))
+    return np.zeros(g.shape[:2], np.int32), g
+
+
+def extreme_tied(rng):
+    """One token of each use: what they have in common cancels."""
+    x, h = extreme_rows(rng, (1, 24), (1, 30))
+    h[:] = h * np.eye(30)[0]
+    g = -np.float32(x[:, 0] * h[:, :, 0] * (1 + uncancelled(rng)[:, None]))
+    return np.zeros((*g.shape[:1], 1), np.int32), g[:, None], x, h
+
+
+EXTREMES = {
+    "one token": (product, (12, 16), lambda rng: extreme_rows(rng, (1, 12), (1, 16))),
+    "tokens": (product, (16, 16), lambda rng: extreme_rows(rng, (2, 16), (2, 16))),
+    "tokens, left": (product, (12, 40), lambda rng: extreme_rows(rng, (2, 12), (2, 40))),
+    "convolution": (
+        correlation, (3, 8, 32), lambda rng: extreme_rows(rng, (5, 8), (3, 32))
+    ),
+    "table": (lookup, (5, 12), extreme_table),
+    "tied": (tied, (30, 24), extreme_tied),
+    "vector": (lambda w, x: jnp.sum(x * w) / x.shape[0], (7,),
+               lambda rng: extreme_rows(rng, (1, 1), (1, 7))[1][:, 0]),
+}  # fmt: skip
+EXTREME_FACTORS = dict(zip(EXTREMES, (factors.Outer,) * 3 + (CONV, LOOKUP, SUM, factors.Dense)))
+
+
+@functools.lru_cache
+def compiled_extremes(name):
+    """(which rows are finite, the contribution of each row alone, of every kind)."""
+    loss_fn, shape, _ = EXTREMES[name]
+    divided = {"rescale_to_unit_norm": True, "normalize_by": 3.0}
+
+    def figures(batch, clip):
+        w = jnp.zeros(shape)
+        grads = kernels.per_example(loss_fn)(w, batch)
+        assert isinstance(grads.factors[0], EXTREME_FACTORS[name])
+        divide = kernels.clipped_grad(loss_fn, l2_clip_norm=clip, normalize_by=3.0)
+
+        def alone(row):
+            padding = jnp.arange(NUM_EXTREME) != row
+            only = dataclasses.replace(grads, is_padding=padding)
+            weights = only.clip_weights(clip)
+            return {
+                "clipped": only.clipped_sum(clip),
+                "weights": only.sum(weights),
+                "automatic": only.automatic_sum(clip, gamma=0.0),
+                "normalized": only.normalized_sum(),
+                "layer": only.layer_clipped_sum(clip),
+                "divided": divide(w, batch, is_padding_example=padding),
+                "rescaled": kernels.clipped_grad(loss_fn, l2_clip_norm=clip, **divided)(
+                    w, batch, is_padding_example=padding
+                ),
+            }
+
+        return grads.is_finite, lax.map(alone, jnp.arange(NUM_EXTREME))
+
+    return jax.jit(figures)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in {"tokens", "convolution", "table", "tied"}
+        else pytest.param(n, marks=pytest.mark.slow)
+        for n in EXTREMES
+    ],
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS)
+def test_what_underflows_takes_no_contribution_above_the_clip_norm(name, seed):
+    """A token whose weighted cotangent is flushed to zero leaves the other without its opposite."""
+    rng = np.random.default_rng(seed)
+    batch = EXTREMES[name][2](rng)
+    clip = np.float32(10.0 ** rng.choice([rng.uniform(-36, 0), rng.uniform(-12, 3)]))
+    is_finite, found = compiled_extremes(name)(batch, clip)
+    stated = {"normalized": 1.0, "divided": float(clip) / 3, "rescaled": 1 / 3}
+    for kind, rows in found.items():
+        norms = np.linalg.norm(np.float64(rows).reshape(NUM_EXTREME, -1), axis=1)
+        assert np.all(norms <= stated.get(kind, float(clip))), (kind, norms.max() / clip)
+    assert np.all(np.asarray(is_finite)[PLAINS])
+    norms = np.linalg.norm(np.float64(found["normalized"]).reshape(NUM_EXTREME, -1), axis=1)
+    assert np.all(norms[PLAINS] >= 1e-2)
+
+
+def test_a_token_that_is_flushed_to_zero_leaves_no_other_without_its_opposite():
+    """1.2e-29 w is a normal number, 1.1e-29 w is not; times 1e30 the difference is 12 C."""
+    x = np.full((1, 2, 16), 1e30, np.float32)
+    g = np.zeros((1, 2, 16), np.float32)
+    g[0, 0], g[0, 1] = 1.2e-29, -1.1e-29
+    grads = kernels.per_example(product)(jnp.zeros((16, 16)), (x, g))
+    assert isinstance(grads.factors[0], factors.Outer)
+    for clip in (1e-9, 1.6e-8, 1e-3):
+        assert np.linalg.norm(np.float64(grads.clipped_sum(clip))) <= clip
+
+
 # --- what norm_bounds says of products ------------------------------------------------------------
 
 

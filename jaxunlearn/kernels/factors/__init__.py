@@ -1,11 +1,13 @@
 """Per-example gradients of one parameter, kept as the factors they are made of.
 
-Every class here is a registered pytree with the same ten members; a new kind of leaf is a new
+Every class here is a registered pytree with the same twelve members; a new kind of leaf is a new
 class with these and a rule in `_rules` that builds it.
 
     size           (B,)  an upper bound on each norm, finite exactly where the row is usable
     part(start, count)   the same of some rows
     kept(mask)           the same, with zeros in the rows where `mask` is false
+    floor                a bound on what underflow takes from a norm, or adds to one of g_i's sum
+    limits         (B,)  the same of w_i g_i where w_i is not one, and the largest such w_i
     norms()        (B,), (B,)  each norm, and an upper bound on what it is in exact arithmetic
     sum(weights)         sum_i w_i g_i, shaped like the parameter
     dot(vector)    (B,)  <g_i, vector>

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxunlearn.kernels import _stable
-from jaxunlearn.kernels._stable import contract, size_of, unit_roundoff, widened
+from jaxunlearn.kernels._stable import Limits, contract, size_of, unit_roundoff, widened
 from jaxunlearn.kernels.factors._protocol import (
     Factor,
     Plan,
@@ -57,7 +57,7 @@ class Geometry:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["left", "right", "size"],
+    data_fields=["left", "right", "size", "limits"],
     meta_fields=["geometry", "steps"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Conv:
     size: Float[Array, " b"]
     geometry: Geometry
     steps: Steps
+    limits: Limits
 
     token_axis = 1
 
@@ -86,7 +87,17 @@ class Conv:
         """`of`, as a plan."""
         (first, e), (second, f) = yield [x.reshape(x.shape[0], -1) for x in (left, right)]
         product = first * second * size_of(geometry.taps) ** 0.5
-        return cls(left, right, _stable.scale_by(product, e + f), geometry, steps)
+        size = _stable.scale_by(product, e + f)
+        sides = [((first, e), left), ((second, f), right)]
+        (own, flushed), (other, _) = sides if _smaller(left, right) else sides[::-1]
+        count = size_of(flushed.shape[1:]) * size_of(geometry.taps)
+        limits = Limits.of(own, other, count, size.dtype)
+        return cls(left, right, size, geometry, steps, limits)
+
+    @property
+    def floor(self) -> float:
+        taken = _stable.underflow(self.product_floats, self.size.dtype)
+        return (2 * self.num_tokens + 1) * taken
 
     @property
     def floats(self) -> int:
@@ -226,8 +237,7 @@ class Conv:
         dtype = self.size.dtype
         left, right = self.left.astype(dtype), self.right.astype(dtype)
         if weights is not None:
-            # The smaller of the two; it is the larger that is as good as free to read.
-            smaller = left.size < right.size
+            smaller = _smaller(left, right)
             left = weighted(weights, left) if smaller else left
             right = right if smaller else weighted(weights, right)
         geometry, num_spatial = self.geometry, len(self.geometry.taps)
@@ -284,6 +294,11 @@ class Conv:
 
     def materialize(self) -> Array:
         return self._unpacked(self._products())
+
+
+def _smaller(left: Array, right: Array) -> bool:
+    """Whether weights go to the left; it is the larger that is as good as free to read."""
+    return left.size < right.size
 
 
 def _product(left: Array, right: Array) -> Array:

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxunlearn.kernels import _stable
-from jaxunlearn.kernels._stable import contract, size_of
+from jaxunlearn.kernels._stable import Limits, contract, size_of
 from jaxunlearn.kernels.factors._protocol import (
     Factor,
     Plan,
@@ -45,6 +45,14 @@ class Dense:
     @property
     def floats(self) -> int:
         return size_of(self.value.shape[1:])
+
+    @property
+    def floor(self) -> float:
+        return _stable.underflow(self.floats, self.size.dtype)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits.plain(self.size, self.floor)
 
     @property
     def rows(self) -> Float[Array, "b n"]:
@@ -143,6 +151,14 @@ class Shared:
     def floats(self) -> int:
         return 1
 
+    @property
+    def floor(self) -> float:
+        return _stable.underflow(self.value.size, self.size.dtype)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits.plain(self.size, self.floor)
+
     def scaled(self, exponents: Array) -> "Shared":
         """Times 2^e: (B,) exponents."""
         value = self.value.astype(self.size.dtype)
@@ -164,8 +180,11 @@ class Shared:
         return self.size, self.size * (1 + relative)
 
     def sum(self, weights: Array | None) -> Array:
-        total = jnp.sum(self.rows if weights is None else weights * self.rows)
-        return total * self.value.astype(self.size.dtype)
+        value = self.value.astype(self.size.dtype)
+        # The weights of small gradients are large: their sum must not leave the range.
+        top = _stable.exponent(jnp.max(jnp.abs(value), initial=0))
+        rows = self.rows if weights is None else weights * self.rows
+        return jnp.sum(_stable.scale_by(rows, top)) * _stable.scale_by(value, -top)
 
     def dot(self, vector: Array) -> Array:
         return self.rows * contract("k,k->", self.value.ravel(), vector.ravel())
@@ -211,6 +230,14 @@ class Placed:
     @property
     def floats(self) -> int:
         return self.inner.floats
+
+    @property
+    def floor(self) -> float:
+        return self.inner.floor
+
+    @property
+    def limits(self) -> Limits:
+        return self.inner.limits
 
     def scaled(self, exponents: Array) -> "Placed":
         """Times 2^e: (B,) exponents."""

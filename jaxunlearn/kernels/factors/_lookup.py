@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxunlearn.kernels import _stable
-from jaxunlearn.kernels._stable import contract, unit_roundoff
+from jaxunlearn.kernels._stable import Limits, contract, unit_roundoff
 from jaxunlearn.kernels.factors._protocol import (
     Factor,
     Plan,
@@ -63,6 +63,14 @@ class Lookup:
     @property
     def floats(self) -> int:
         return self.rows.shape[1] * (self.rows.shape[2] + 1)
+
+    @property
+    def floor(self) -> float:
+        return 2 * self.num_tokens * _stable.underflow(self.rows.shape[2], self.size.dtype)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits.plain(self.size, self.floor)
 
     def scaled(self, exponents: Array) -> "Lookup":
         """Times 2^e: (B,) exponents."""

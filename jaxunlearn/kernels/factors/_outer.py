@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxunlearn.kernels import _stable
-from jaxunlearn.kernels._stable import Parts, contract, size_of, unit_roundoff, widened
+from jaxunlearn.kernels._stable import Limits, Parts, contract, size_of, unit_roundoff, widened
 from jaxunlearn.kernels.factors._protocol import (
     CHUNK_FLOATS,
     LOOSE,
@@ -32,7 +32,7 @@ _MASKED_FLOATS = 1 << 14
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["left", "right", "size", "live"],
+    data_fields=["left", "right", "size", "live", "limits"],
     meta_fields=["steps", "given"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Outer:
     right: Float[Array, "b s t n"]
     size: Float[Array, " b"]
     steps: Steps
+    limits: Limits
     given: str | None = None
     live: Bool[Array, " b"] | None = None
 
@@ -66,7 +67,16 @@ class Outer:
         tokens, scale, _ = _token_norms(left_parts, right_parts)
         size = _stable.scale_by(jnp.sqrt(jnp.sum(tokens.sum(-1) ** 2, -1)), scale)
         live = None if given is None else jnp.isfinite(size) | True  # as local as `size`
-        return cls(left, right, size, steps, given, live)
+        sides = [(left_parts, left), (right_parts, right)]
+        (own, flushed), (other, _) = sides if _weighs_left(left, right, given) else sides[::-1]
+        limits = Limits.of(own, other, flushed.shape[-1], size.dtype)
+        return cls(left, right, size, steps, limits, given, live)
+
+    @property
+    def floor(self) -> float:
+        num_blocks, m = self.left.shape[1], self.left.shape[-1]
+        taken = _stable.underflow(num_blocks * m * self.right.shape[-1], self.size.dtype)
+        return (2 * self.num_tokens + 1) * taken
 
     @property
     def num_tokens(self) -> int:
@@ -81,7 +91,8 @@ class Outer:
         """Times 2^e: (B,) exponents."""
         left, right, top, _ = _balanced(self.left, self.right)
         right = _stable.scale_by(right, (top + exponents)[:, None, None, None])
-        return Outer(left, right, _stable.scale_by(self.size, exponents), self.steps)
+        size = _stable.scale_by(self.size, exponents)
+        return Outer(left, right, size, self.steps, self.limits)
 
     def part(self, start: Array, count: int) -> "Outer":
         return take_rows(self, start, count)
@@ -90,10 +101,10 @@ class Outer:
         left, right, size = (
             _stable.rows_where(mask, x) for x in (self.left, self.right, self.size)
         )
-        if self.live is None:
-            return Outer(left, right, size, self.steps)
-        sides = (self.left, right) if self.given == "left" else (left, self.right)
-        return Outer(*sides, size, self.steps, self.given, self.live & mask)
+        live = None if self.live is None else self.live & mask
+        left = self.left if self.given == "left" else left
+        right = self.right if self.given == "right" else right
+        return dataclasses.replace(self, left=left, right=right, size=size, live=live)
 
     def norms(self) -> tuple[Array, Array]:
         _, num_blocks, num_tokens, m = self.left.shape
@@ -109,9 +120,7 @@ class Outer:
     def sum(self, weights: Array | None) -> Array:
         left, right = self.left, self.right
         if weights is not None:
-            # The smaller of the two; not what is given, which may be NaN where the weight is zero.
-            smaller = left.shape[-1] < right.shape[-1]
-            if smaller if self.given is None else self.given == "right":
+            if _weighs_left(left, right, self.given):
                 left = weighted(weights, left)
             else:
                 right = weighted(weights, right)
@@ -144,6 +153,11 @@ class Outer:
 
     def materialize(self) -> Array:
         return unpack(contract("bstm,bstn->bsmn", self.left, self.right), self.steps)
+
+
+def _weighs_left(left: Array, right: Array, given: str | None) -> bool:
+    """Whether weights go to the left: to the smaller, not to what is given, which may be NaN."""
+    return left.shape[-1] < right.shape[-1] if given is None else given == "right"
 
 
 def _matrix(x: Array) -> Array:

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxunlearn.kernels import _stable
-from jaxunlearn.kernels._stable import contract, unit_roundoff
+from jaxunlearn.kernels._stable import Limits, contract, unit_roundoff
 from jaxunlearn.kernels.factors._dense import Dense, Product, Shared
 from jaxunlearn.kernels.factors._lookup import Lookup
 from jaxunlearn.kernels.factors._outer import Outer
@@ -56,6 +56,15 @@ class Sum:
     @property
     def floats(self) -> int:
         return sum(part.floats for part in self.parts)
+
+    @property
+    def floor(self) -> float:
+        added = _stable.underflow(_stable.size_of(self.shape), self.size.dtype)
+        return sum(part.floor + added for part in self.parts)
+
+    @property
+    def limits(self) -> Limits:
+        return functools.reduce(Limits.also, (part.limits for part in self.parts))
 
     def scaled(self, exponents: Array) -> "Sum":
         """Times 2^e: (B,) exponents."""
