@@ -14,6 +14,17 @@ from jaxunlearn.accounting.gaussian import (
     gaussian_mu,
     gaussian_noise_stddev,
 )
+from jaxunlearn.accounting.memory_pair import (
+    Capacity,
+    DeletionOdometer,
+    OdometerQuote,
+    RegretModel,
+    composed_noise,
+    deletion_capacity,
+    largest_within,
+    published_noise,
+    zcdp_noise,
+)
 from jaxunlearn.accounting.noise import (
     Entropy,
     Release,
@@ -44,9 +55,13 @@ from jaxunlearn.accounting.rounding import round_down, round_up
 
 __all__ = [
     "BUDGET_UNITS",
+    "Capacity",
     "Charge",
+    "DeletionOdometer",
     "Entropy",
     "LinearModel",
+    "OdometerQuote",
+    "RegretModel",
     "Release",
     "ResidualBound",
     "WorstCase",
@@ -57,7 +72,9 @@ __all__ = [
     "check_capacity",
     "check_request",
     "compose_gaussian",
+    "composed_noise",
     "corollary_1",
+    "deletion_capacity",
     "discrete_gaussian",
     "discretisation_epsilon",
     "gaussian_delta",
@@ -66,8 +83,10 @@ __all__ = [
     "gaussian_noise_stddev",
     "grid_of",
     "grid_sensitivity",
+    "largest_within",
     "linear_remainder",
     "newton_distance",
+    "published_noise",
     "release_epsilon",
     "release_mu",
     "residual_bound",
@@ -75,4 +94,5 @@ __all__ = [
     "round_up",
     "spectral_norm_bound",
     "summation_slack",
+    "zcdp_noise",
 ]

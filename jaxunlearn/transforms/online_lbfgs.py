@@ -227,7 +227,7 @@ def _example_keys(key, ids):
 
 
 def _owners(ids, weights, owners_per_pair: int) -> Array:
-    """Ids that the pair belongs to, those of weight zero left out; nobody where they are unknown."""
+    """Ids that the pair belongs to, without those of weight zero; -1 where they are unknown."""
     if ids is None:
         return jnp.full((1,), -1, jnp.int32)
     ids = jnp.asarray(ids)
