@@ -33,6 +33,10 @@ class WrongNestingError(WrongStateError):
     """The unlearner stands inside another transform, where it cannot see what that one did."""
 
 
+class UnknownStateError(JaxUnlearnError, TypeError):
+    """A part of an optimizer's state of which nobody has said how it could be made again."""
+
+
 class RetainSetEmptyError(JaxUnlearnError, ValueError):
     """A method that fits the retain set was asked to forget all of it."""
 

@@ -31,6 +31,7 @@ from jaxunlearn.records.participation import (
     observe,
     seen_ids,
 )
+from jaxunlearn.records.rebuild import Rebuild, make_rebuild, rebuild
 from jaxunlearn.records.replay import (
     Penalty,
     Segment,
@@ -45,6 +46,7 @@ from jaxunlearn.records.replay import (
     wrapped_update,
 )
 from jaxunlearn.records.rows import AllRows, RowReader, all_rows
+from jaxunlearn.records.rules import as_driven, as_fresh, register_state
 from jaxunlearn.records.states import check_params, check_state, check_update
 
 __all__ = [
@@ -52,10 +54,13 @@ __all__ = [
     "Checkpoints",
     "Participation",
     "Penalty",
+    "Rebuild",
     "RowReader",
     "Segment",
     "StepLog",
     "all_rows",
+    "as_driven",
+    "as_fresh",
     "bucket",
     "bury",
     "check_num_examples",
@@ -75,12 +80,15 @@ __all__ = [
     "init_participation",
     "last_slot_before",
     "log_of",
+    "make_rebuild",
     "make_segment",
     "num_slots",
     "observe",
     "oracle",
     "pack_float64",
     "read_slot",
+    "rebuild",
+    "register_state",
     "rewrite_slot",
     "run_log",
     "seen_ids",

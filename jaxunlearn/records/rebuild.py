@@ -1,0 +1,221 @@
+"""Remaking the optimizer's state from released parameters and the retain set, and nothing else.
+
+What `forget` releases as parameters is certified; the optimizer state that belongs to them need not
+be corrected and noised as well. It is a function of those parameters, of the rows that stay and of
+public figures, so that whatever holds for the parameters holds for the state too (post-processing).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int, Key, PyTree
+
+from jaxunlearn import errors, kernels, tree
+from jaxunlearn.records.curvature import Curvature
+from jaxunlearn.records.ids import validate_ids
+from jaxunlearn.records.log import AnyArray, set_settings
+from jaxunlearn.records.replay import Penalty, wrapped_update
+from jaxunlearn.records.rows import RowReader
+from jaxunlearn.records.rules import Context, Rule, check_states, remake
+from jaxunlearn.types import Batch, LossFn, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rebuild:
+    """How to remake a state; public, and fixed before any request.
+
+    key: a typed key; chooses the rows, their order, and the keys of a loss that takes one.
+    batch_size: rows of a mini-batch, as in training: second moments depend on it.
+    num_batches: distinct mini-batches whose gradients are taken, fewer where rows run out; they
+      are held together, `num_batches` parameter counts.
+    rules: for states of types that the library does not know; see `records.register_state`.
+    """
+
+    key: Key[Array, ""]
+    batch_size: int = 128
+    num_batches: int = 16
+    rules: Mapping[type, Rule] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("batch_size", "num_batches"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or int(value) != value or value < 1:
+                raise ValueError(f"Expected an integer {name}={value} >= 1.")
+        if not jnp.issubdtype(jnp.result_type(self.key), jax.dtypes.prng_key):
+            raise TypeError("Expected a typed key, jax.random.key(...).")
+
+
+class Sample(NamedTuple):
+    """Mini-batches of retained rows; the first `num_filled` hold rows, the others padding."""
+
+    rows: Batch
+    ids: Int[AnyArray, "k b"]
+    num_filled: Int[AnyArray, ""]
+
+
+class Rebuilder(NamedTuple):
+    """What `make_rebuild` returns.
+
+    check: (params), raises `UnknownStateError`; it looks at shapes alone.
+    again: (params, reader, retained_ids, *, num_steps, settings=None) -> state.
+    """
+
+    check: Callable[[Params], None]
+    again: Callable[..., optax.OptState]
+
+
+def rebuild(
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    params: Params,
+    data: Any,
+    retained_ids: Any,
+    *,
+    num_steps: int,
+    key: Key[Array, ""],
+    batch_size: int = 128,
+    num_batches: int = 16,
+    l2: float | None = None,
+    l2_mask: PyTree | None = None,
+    settings: Mapping[str, Any] | None = None,
+    rules: Mapping[type, Rule] | None = None,
+) -> optax.OptState:
+    """The state of `tx` after `num_steps` updates with retained gradients, parameters held.
+
+    With g_1 .. g_k the gradients of k mini-batches of retained rows at `params`, `tx.update` runs
+    `num_steps` times from `tx.init(params)` on g_1, g_2, .. g_k, g_1, ..  So moments carry the bias
+    of `num_steps` steps, m = (1 - b1) sum_t b1^(T-t) g_t with E m = (1 - b1^T) E g, which the
+    bias correction by the public counter takes away; counters, schedules, accumulators of
+    `MultiSteps` and keys stand where the schedule has them. A driven L-BFGS memory would be empty,
+    since the parameters do not move: its pairs are (s, H s) for conjugate steps s on the sampled
+    rows. A line search starts afresh.
+
+    Args:
+      tx: the whole optimizer, any nesting.
+      loss_fn: the mean of per-example losses, without L2; it may take a key.
+      params: the released parameters.
+      data: `data[ids]`, or a pytree of arrays; only rows of `retained_ids` are read.
+      retained_ids: the retain set, in any order.
+      num_steps: updates so far; public.
+      key, batch_size, num_batches, rules: as in `Rebuild`.
+      l2, l2_mask: as the unlearner had them.
+      settings: hyperparameters that were set from outside, as `records.get_settings` gives them;
+        public too. None takes those of `tx`.
+
+    Returns:
+      A state with the avals of `tx.init(params)`. A pure function of the arguments, on one device
+      and version bit for bit.
+
+    Cost: `num_batches` gradients, `num_steps` calls of `tx.update` (line searches evaluate the
+      loss in each), and m + 1 Hessian products over the sample for a memory of m pairs.
+
+    Raises:
+      UnknownStateError: a part of the state that no rule knows, by name.
+      RetainSetEmptyError, MissingDataError, IdError.
+
+    References: the project's own; the averages are the fixed point of those in Kingma and Ba 2015,
+      section 3, for gradients that do not move.
+
+    >>> loss = lambda w, batch: jnp.mean(0.5 * (w - batch) ** 2)
+    >>> state = rebuild(
+    ...     optax.trace(0.5), loss, jnp.float32(0.0), np.float32([1.0, 1.0, 9.0]), [0, 1],
+    ...     num_steps=3, key=jax.random.key(0),
+    ... )
+    >>> state.trace  # -1 (1 + 1/2 + 1/4)
+    Array(-1.75, dtype=float32)
+    """
+    options = Rebuild(key=key, batch_size=batch_size, num_batches=num_batches, rules=rules or {})
+    rebuilder = make_rebuild(tx, loss_fn, options, Penalty(l2, l2_mask))
+    reader = RowReader(data)
+    return rebuilder.again(params, reader, retained_ids, num_steps=num_steps, settings=settings)
+
+
+def make_rebuild(
+    tx: optax.GradientTransformation, loss_fn: LossFn, options: Rebuild, penalty: Penalty
+) -> Rebuilder:
+    """`rebuild` for one optimizer, compiled once for all requests."""
+    drive = jax.jit(_make_drive(tx, loss_fn, options, penalty))
+    init = optax.with_extra_args_support(tx).init
+    words = [int(word) for word in np.ravel(jax.random.key_data(options.key))]
+
+    def check(params):
+        check_states(jax.eval_shape(init, params), options.rules)
+
+    def again(params, reader: RowReader, retained_ids, *, num_steps: int, settings=None):
+        check(params)
+        if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < 0:
+            raise ValueError(f"Expected an integer num_steps={num_steps} >= 0.")
+        ids, _ = validate_ids(retained_ids, np.iinfo(np.int32).max)
+        sample = _draw(reader, ids, words, options)
+        return drive(params, sample, np.int32(num_steps), dict(settings or {}), options.key)
+
+    return Rebuilder(check, again)
+
+
+def _make_drive(tx, loss_fn, options: Rebuild, penalty: Penalty):
+    """(params, sample, num_steps, settings, key) -> state; pure, for `jax.jit`."""
+    update = wrapped_update(tx, penalty)
+    init = optax.with_extra_args_support(tx).init
+    gradient = kernels.weighted_grad(loss_fn, has_info=True)
+    value = kernels.weighted_loss(loss_fn)
+    product = kernels.hvp(loss_fn, microbatch_size=options.batch_size)
+    keyed = kernels.takes_key(loss_fn)
+
+    def drive(params, sample: Sample, num_steps, settings, key):
+        weights = (sample.ids >= 0).astype(jnp.float32)
+        keys = None
+        if keyed:
+            batch_keys = jax.random.split(key, options.num_batches)
+            keys = jax.vmap(kernels.example_keys)(batch_keys, jnp.maximum(sample.ids, 0))
+        batches = (sample.rows, weights, keys)
+        grads, info = jax.lax.map(
+            lambda batch: gradient(params, *batch[:2], keys=batch[2]), batches
+        )
+
+        def step(t, inner):
+            at = lambda stack: jax.tree.map(lambda leaf: leaf[t % sample.num_filled], stack)
+            rows, kept, batch_keys = at(batches)
+            value_fn = lambda p: value(p, rows, kept, keys=batch_keys)
+            extra = {"value": at(info.value), "grad": at(grads), "value_fn": value_fn}
+            _, inner = update(at(grads), set_settings(inner, settings), params, **extra)
+            return inner
+
+        fresh = set_settings(init(params), settings)
+        driven = jax.lax.fori_loop(0, num_steps, step, fresh)
+        flat = lambda stack: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stack)
+        rows, kept, row_keys = flat(batches)
+        share = jnp.sum(weights, axis=1) / jnp.sum(weights)
+        total = jax.tree.map(
+            lambda g: jnp.tensordot(share.astype(g.dtype), g, 1).astype(g.dtype), grads
+        )
+        curvature = Curvature(
+            params=params,
+            gradient=penalty.gradient(total, params),
+            product=lambda v: penalty.gradient(
+                product(params, rows, v, weights=kept, keys=row_keys), v
+            ),
+        )
+        inner = remake(driven, fresh, Context(num_steps, curvature), options.rules)
+        return set_settings(tree.match_weak_types(inner, fresh), settings)
+
+    return drive
+
+
+def _draw(reader: RowReader, ids: np.ndarray, words: list[int], options: Rebuild) -> Sample:
+    """Mini-batches of as many retained rows as fit, in an order that the key's words choose."""
+    if not ids.size:
+        raise errors.RetainSetEmptyError(
+            "Expected at least one retained row to take gradients from. Use tx.init instead."
+        )
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+    chosen = order.permutation(ids)[: options.batch_size * options.num_batches]
+    num_filled = -(-len(chosen) // options.batch_size)
+    table = np.full((options.num_batches, options.batch_size), -1, np.int32)
+    for row, part in zip(table, np.array_split(chosen, num_filled)):
+        row[: len(part)] = part
+    return Sample(rows=reader(table), ids=table, num_filled=np.asarray(num_filled, np.int32))
