@@ -56,6 +56,7 @@ from jaxunlearn.kernels.solves import (
     spectral_radius,
     woodbury,
 )
+from jaxunlearn.kernels.tangents import StateTangents, state_tangents
 
 __all__ = [
     "AuxiliaryOutput",
@@ -69,6 +70,7 @@ __all__ = [
     "RemovalFigures",
     "Solution",
     "Solver",
+    "StateTangents",
     "bernoulli",
     "block_cg",
     "categorical",
@@ -111,6 +113,7 @@ __all__ = [
     "removal_figures",
     "row_losses",
     "spectral_radius",
+    "state_tangents",
     "takes_key",
     "weighted_grad",
     "weighted_loss",
