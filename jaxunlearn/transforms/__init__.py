@@ -12,12 +12,16 @@ from jaxunlearn.transforms.online_lbfgs import (
     online_lbfgs,
     step_size,
 )
+from jaxunlearn.transforms.step_back import PaperDeletion, gaussian_noise, make_step_back
 
 __all__ = [
     "AdaptiveRate",
     "OnlineLBFGSState",
+    "PaperDeletion",
+    "gaussian_noise",
     "inverse_time",
     "levenberg_damped",
+    "make_step_back",
     "online_lbfgs",
     "prudente_souza",
     "relative_curvature",

@@ -1,0 +1,382 @@
+"""The Memory Pair: online L-BFGS on a stream whose inserts can be deleted again.
+
+Stewart 2025 (arXiv 2508.10193) pairs a learner, one step of online L-BFGS per event, with an
+unlearner that steps back along H g of the deleted row and adds noise. The state is the parameters
+and the curvature pairs; the published step leaves the pairs alone, and after some steps it moves
+away from the model that never saw the row. Four ways to delete are here, and only one is exact.
+"""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxunlearn import accounting, certificates, errors, kernels, records, transforms, tree
+from jaxunlearn.kernels import lbfgs
+from jaxunlearn.types import (
+    ForgetInfo,
+    Forgotten,
+    LossFn,
+    Quote,
+    Status,
+    UnlearnerState,
+)
+from jaxunlearn.unlearners.memory_pair._promises import promise, terms
+from jaxunlearn.unlearners.memory_pair._steps import (
+    correction,
+    finished,
+    insert_of,
+    other_of,
+    run_window,
+)
+
+MODES = ("replay", "tangent", "drop_pair", "paper")
+
+
+class MemoryPairRecord(NamedTuple):
+    """What deletion needs: the ledger of inserts, checkpoints, and how many ids were deleted."""
+
+    participation: records.Participation
+    log: records.StepLog
+    checkpoints: records.Checkpoints
+    num_deletions: Int[Array, ""]
+
+
+class _Deleted(NamedTuple):
+    """What one way of deleting gives back."""
+
+    params: Any
+    inner: transforms.OnlineLBFGSState
+    checkpoints: records.Checkpoints
+    measured: dict[str, Any]
+
+
+def memory_pair(
+    loss_fn: LossFn,
+    *,
+    num_examples: int,
+    max_steps: int,
+    batch_size: int = 1,
+    mode: str = "replay",
+    learning_rate: Any = 0.5,
+    memory_size: int = 10,
+    admission: lbfgs.Admission | None = None,
+    l2: float | None = None,
+    normalizer: str = "kept",
+    optimizer_options: dict[str, Any] | None = None,
+    paper: transforms.PaperDeletion | None = None,
+    odometer: accounting.DeletionOdometer | None = None,
+    nothing_below: float | None = 32.0,
+    num_checkpoints: int = 16,
+    checkpoint_every: int | None = None,
+    segment_length: int | None = None,
+    verify: str = "report",
+    verify_tolerance: float = 1e-4,
+    progress: bool | None = None,
+) -> records.StreamUnlearner:
+    """Online L-BFGS whose inserts can be deleted, by single requests or within the stream itself.
+
+    The optimizer is `transforms.online_lbfgs(loss_fn, ...)`, and `inner` is its state. In a loop,
+    `update(grads, state, params, batch=rows, ids=ids)` is one insert: the incoming updates move the
+    parameters, and the pair is made from `loss_fn` on `batch`, at both ends of the step. Incoming
+    updates are taken to be `kernels.weighted_grad(loss_fn)` of that batch; where they were not,
+    `verify` refuses to delete. Without `batch` the step is taken and no pair is offered.
+
+    Args:
+      num_examples: ids are dense in 0..num_examples-1.
+      max_steps: inserts that a run may have; the ledger is allocated for them.
+      batch_size: the most rows an insert may have; each pair carries that many ids.
+      mode: "replay": the ledger runs again from the last checkpoint without the rows, admissions
+        taken anew; exact. "tangent": the same with first-order gradients
+        (`records.make_twin_step`); exact where the loss is quadratic, and no cheaper.
+        "drop_pair": the rows' own pairs go, the parameters stay. "paper": the published step back,
+        which leaves the pairs; `paper=` chooses the version.
+      learning_rate, memory_size, admission, l2: of `transforms.online_lbfgs`;
+        `optimizer_options`: its others.
+      normalizer: "kept" divides a step by the rows that are left, as if the others had not come;
+        "batch" by the rows it had. A step that keeps none is not taken.
+      odometer: how many deletions "paper" may make, and with which noise; told by `quote`.
+      nothing_below: in units of the parameters' rounding. "paper" and "drop_pair" first follow the
+        rows' influence to the present; where both runs agreed to that since before the oldest pair,
+        nothing is left to remove, and nothing is done but to note it. None does not look.
+      num_checkpoints, checkpoint_every, segment_length, verify, verify_tolerance, progress: as in
+        `unlearners.replay`; "paper" and "drop_pair" verify nothing.
+
+    Returns:
+      An `Unlearner` with the attribute `stream`, a `records.Stream`. `forget_step` takes, for
+      "replay", a segment of steps as `unlearners.replay` does; for "tangent" one whose ids are in
+      place, with weight 0 for rows to go; else the rows (b, ...) to go, with weight 1.
+
+    Cost: an insert: three gradients, two with optimizer_options={"incoming": "gradient"}. A
+      deletion: as many for each step replayed; twice that to first order.
+
+    Guarantees:
+      Mode "replay" returns, bit for bit on one device, the parameters, pairs, counters and
+      accumulators of a run in which the rows never came.
+      The other modes promise nothing: their certificates say "heuristic" and name no epsilon.
+
+    Raises (forget):
+      IdError, WrongStateError, MissingDataError, TrainingRecordError, CoupledLossError,
+      VerificationError, BudgetExhaustedError, NonFiniteError; inputs are untouched.
+
+    References: Stewart 2025, arXiv 2508.10193. Deviations: a ledger says who was inserted and who
+      is gone; noise is calibrated by `accounting.DeletionOdometer`; see also `transforms`.
+    """
+    _check_options(mode, normalizer, odometer, batch_size, max_steps, verify)
+    records.check_num_examples(num_examples)
+    options = {"learning_rate": learning_rate, "l2": l2} | dict(optimizer_options or {})
+    tx = transforms.online_lbfgs(
+        loss_fn, memory_size=memory_size, owners_per_pair=batch_size, admission=admission, **options
+    )
+    inner_update = records.wrapped_update(tx, records.Penalty(None))
+    online_step = records.make_online_step(tx, loss_fn, normalizer=normalizer)
+    looks = mode == "tangent" or (mode != "replay" and nothing_below is not None)
+    twin_step = records.make_twin_step(
+        tx, loss_fn, normalizer=normalizer, rounding_units=nothing_below or 0.0
+    )
+    back = correction(loss_fn, mode, paper, odometer, options)
+    every = checkpoint_every or max(1, max_steps // 256)
+    segment_of = records.make_online_segment(online_step)
+    twin_segment = records.make_twin_segment(twin_step)
+    run, run_twins, correct = jax.jit(segment_of), jax.jit(twin_segment), jax.jit(back)
+    rewrite = jax.jit(records.rewrite_slot, donate_argnums=0)
+    drop_after = jax.jit(records.drop_after)
+    keyed = kernels.takes_key(loss_fn)
+    info_of = functools.partial(ForgetInfo.of, "memory_pair")
+    loss_checked: list[bool] = []
+
+    def init(params):
+        inner = tree.copy(tx.init(params))
+        record = MemoryPairRecord(
+            participation=records.init_participation(num_examples),
+            log=records.init_log(max_steps, batch_size, has_key=keyed, inner=inner),
+            checkpoints=records.init_checkpoints(params, inner, slots=num_checkpoints, every=every),
+            num_deletions=jnp.zeros((), jnp.int32),
+        )
+        return UnlearnerState(inner=inner, record=record)
+
+    def update(updates, opt_state, params=None, *, batch=None, ids=None, key=None, **extra):
+        del extra
+        records.check_update(opt_state, params, ids, MemoryPairRecord, "memory_pair")
+        _check_step(ids, batch, key, batch_size, keyed)
+        record, inner = opt_state.record, opt_state.inner
+        ids = None if ids is None else jnp.asarray(ids)
+        step = record.participation.num_steps
+        participation = records.observe(record.participation, ids, num_examples)
+        overrun = jnp.where(step >= max_steps, int(Status.TOO_MANY_STEPS), 0).astype(jnp.int32)
+        record = record._replace(
+            participation=participation._replace(status=participation.status | overrun),
+            log=records.write_step(
+                record.log, step, ids=ids, key=key, settings={},
+                non_finite=~tree.all_finite(updates),
+            ),
+            checkpoints=records.take_checkpoint(
+                record.checkpoints, step, params, inner, every=every
+            ),
+        )  # fmt: skip
+        updates, inner = inner_update(updates, inner, params, **insert_of(batch, ids, key))
+        return updates, UnlearnerState(inner=inner, record=record)
+
+    def forget_step(params, state, rows, ids, weights):
+        if mode in ("replay", "tangent"):
+            runner = segment_of if mode == "replay" else other_of(twin_segment)
+            return run_window(runner, params, state, rows, ids, weights)
+        record = state.record
+        going = jnp.where(weights != 0, ids, -1)
+        new_params, inner, *_ = back(params, state.inner, rows, going, record.num_deletions)
+        return finished(new_params, inner, record)
+
+    def check_request(params, opt_state, ids):
+        records.check_state(opt_state, MemoryPairRecord, "memory_pair")
+        ids, num_duplicates = records.validate_ids(ids, num_examples)
+        record = opt_state.record
+        records.check_participation(record.participation, ids)
+        template = jax.eval_shape(lambda c: records.read_slot(c, 0)[0], record.checkpoints)
+        records.check_params(params, template, "memory_pair")
+        if odometer is not None:
+            odometer.spend(int(record.num_deletions), len(ids))
+        return ids, num_duplicates
+
+    def check_loss_once(params, reader, retained):
+        if loss_checked or not retained.size:
+            return
+        few = reader(np.unique(retained)[:8])
+        kernels.check_loss(loss_fn, params, few, key=jax.random.key(0) if keyed else None)
+        loss_checked.append(True)
+
+    def run_from(runner, carry, log, reader, plan, *, on_cut=None, label="forgetting"):
+        return records.run_log(
+            runner, *carry, log, reader,
+            start=plan.start, stop=plan.stop,
+            segment_length=segment_length or records.default_segment_length(),
+            cuts=plan.later if on_cut else (), on_cut=on_cut or (lambda *_: None),
+            label=label, show=progress,
+        )  # fmt: skip
+
+    def by_replay(params, opt_state, reader, plan):
+        """The state without the rows, checkpoints rewritten on the way."""
+        start = lambda: tree.copy(records.read_slot(opt_state.record.checkpoints, plan.slot))
+        measured = records.compare_replay(
+            verify, verify_tolerance, (params, opt_state.inner), set(),
+            lambda: run_from(run, start(), plan.ledger, reader, plan, label="verifying")[:2],
+        )  # fmt: skip
+        fresh = [tree.copy(opt_state.record.checkpoints)]
+
+        def save(step, params, inner):
+            fresh[0] = rewrite(fresh[0], plan.later[step], params, inner)
+
+        new, inner, met = run_from(run, start(), plan.kept, reader, plan, on_cut=save)
+        measured["non_finite_rows"] = int(np.sum(met.non_finite_rows))
+        return _Deleted(new, inner, fresh[0], measured)
+
+    def follow(opt_state, ids, reader, plan, on_cut=None):
+        """Both runs at the present, to first order."""
+        start = records.twins_of(*records.read_slot(opt_state.record.checkpoints, plan.slot))
+        carry = (tree.copy(start), jnp.asarray(records.bucket(ids)))
+        return run_from(run_twins, carry, plan.ledger, reader, plan, on_cut=on_cut)[0]
+
+    def by_tangent(params, opt_state, ids, reader, plan):
+        """The given parameters moved as the linearised run is from the recorded one."""
+        fresh = [tree.copy(opt_state.record.checkpoints)]
+
+        def save(step, twins, _):
+            fresh[0] = rewrite(fresh[0], plan.later[step], twins.other_params, twins.other_inner)
+
+        twins = follow(opt_state, ids, reader, plan, save)
+        how = "off" if int(opt_state.record.num_deletions) else verify
+        given = (params, opt_state.inner)
+        measured = records.compare_replay(
+            how, verify_tolerance, given, set(), lambda: (twins.params, twins.inner)
+        )
+        influence = float(records.relative_gap(twins.other_params, twins.params))
+        if not bool(records.is_trusted(twins)):
+            raise errors.VerificationError(
+                f"Expected a first-order move well below the parameters' norm, got {influence:.3g} "
+                "of it: this run is not smooth enough for first order. Nothing was changed; use "
+                'mode="replay".'
+            )
+        new, inner = records.moved_by(params, opt_state.inner, twins)
+        return _Deleted(new, inner, fresh[0], measured | {"influence": influence})
+
+    def by_correction(params, opt_state, ids, reader, plan):
+        """The published step, or the rows' pairs dropped, unless nothing of them is left."""
+        measured: dict[str, Any] = {"nothing_left": False}
+        checkpoints = drop_after(opt_state.record.checkpoints, plan.start)
+        ids = records.bucket(ids)
+        if looks:
+            twins = follow(opt_state, ids, reader, plan)
+            measured["influence"] = float(records.relative_gap(twins.other_params, twins.params))
+            gone = bool(records.is_gone(opt_state.inner.curvature, twins, jnp.asarray(ids)))
+            if gone:
+                measured["nothing_left"] = True
+                return _Deleted(*tree.copy((params, opt_state.inner)), checkpoints, measured)
+        before = opt_state.record.num_deletions
+        new, inner, norm, stddev, _ = correct(params, opt_state.inner, reader(ids), ids, before)
+        if odometer is not None:
+            odometer.check_step(float(norm))
+        measured |= {"step_norm": float(norm), "noise_stddev": float(stddev)}
+        return _Deleted(new, inner, checkpoints, measured)
+
+    def forget(params, opt_state, ids, *, data=None, requester=None):
+        begun = time.perf_counter()
+        ids, num_duplicates = check_request(params, opt_state, ids)
+        if not ids.size:
+            return Forgotten(params, opt_state, info_of(ids, num_duplicates, begun))
+        record, reader = opt_state.record, records.RowReader(data)
+        plan = records.plan_deletion(record, ids)
+        retained = plan.kept.step_ids[plan.kept.step_ids >= 0]
+        reader.prepare(retained, may_be_empty=True)
+        check_loss_once(params, reader, retained)
+        if mode == "replay":
+            done = by_replay(params, opt_state, reader, plan)
+        else:
+            by = by_tangent if mode == "tangent" else by_correction
+            done = by(params, opt_state, ids, reader, plan)
+        if not bool(tree.all_finite(done.params)):
+            raise errors.NonFiniteError(
+                "The deletion gave parameters that are not finite; nothing was released."
+            )
+        measured = done.measured | {"first_step": plan.start, "last_step": plan.stop}
+        new_params = tree.match_weak_types(done.params, params)
+        new_state = UnlearnerState(
+            inner=tree.match_weak_types(done.inner, opt_state.inner),
+            record=MemoryPairRecord(
+                participation=records.bury(record.participation, ids),
+                log=jax.tree.map(jnp.asarray, plan.kept),
+                checkpoints=done.checkpoints,
+                num_deletions=record.num_deletions + len(ids),
+            ),
+        )
+        certificate, salt = certificates.issue(
+            ids, num_duplicates, (params, opt_state.inner), (new_params, new_state.inner),
+            **promise(mode, measured, normalizer, verify_tolerance),
+        )  # fmt: skip
+        info = info_of(
+            ids, num_duplicates, begun, requester=requester,
+            certificate=certificate, commitment_salt=salt, measurements=measured,
+        )  # fmt: skip
+        return Forgotten(new_params, new_state, info)
+
+    def quote(params, opt_state, ids):
+        guarantee = "exact" if mode == "replay" else "heuristic"
+        try:
+            ids, _ = check_request(params, opt_state, ids)
+        except (errors.IdError, errors.TrainingRecordError, errors.BudgetExhaustedError) as error:
+            return Quote(feasible=False, reason=str(error), guarantee=guarantee)
+        record = opt_state.record
+        plan = records.plan_deletion(record, ids) if ids.size else None
+        steps = plan.stop - plan.start if plan and (mode == "replay" or looks) else 0
+        cost = {"replay": 3 * (1 if verify == "off" else 2), "tangent": 7}.get(mode, 7)
+        state_bytes = tree.num_bytes(params) + tree.num_bytes(opt_state.inner)
+        return Quote(
+            num_forgotten=len(ids),
+            feasible=True,
+            reason=terms(odometer, record, opt_state.inner, len(ids)),
+            guarantee=guarantee,
+            num_steps=steps,
+            num_gradients=cost * steps + (len(ids) if mode == "paper" else 0),
+            retrain_gradients=3 * int(record.participation.num_steps),
+            memory_bytes=(tree.num_bytes(record.checkpoints) + 2 * state_bytes) if ids.size else 0,
+        )
+
+    learner = records.Learner(
+        online_step, kernels.weighted_loss(loss_fn), twin_step if looks else None, back
+    )
+    stream = records.make_stream(
+        init, learner, num_examples=num_examples, mode=mode, every=every,
+        max_deletions=None if odometer is None else odometer.max_deletions,
+    )  # fmt: skip
+    return records.StreamUnlearner(init, update, forget, quote, forget_step, stream)
+
+
+def _check_options(mode, normalizer, odometer, batch_size, max_steps, verify):
+    """Refuse a bad configuration at the factory."""
+    if mode not in MODES:
+        raise ValueError(f"Expected mode={mode!r} to be one of {', '.join(MODES)}.")
+    if normalizer not in ("batch", "kept"):
+        raise ValueError(f'Expected normalizer={normalizer!r} to be "batch" or "kept".')
+    if verify not in ("off", "report", "bitwise"):
+        raise ValueError(f'Expected verify={verify!r} to be "off", "report" or "bitwise".')
+    if odometer is not None and mode != "paper":
+        raise ValueError(
+            f'Expected mode="paper" with an odometer, got {mode!r}: no noise is added.'
+        )
+    for name, value in {"batch_size": batch_size, "max_steps": max_steps}.items():
+        if isinstance(value, bool) or int(value) != value or value < 1:
+            raise ValueError(f"Expected an integer {name}={value} >= 1.")
+
+
+def _check_step(ids, batch, key, batch_size, keyed):
+    """Refuse, at trace time, a step that the ledger cannot hold."""
+    if ids is None:
+        return
+    if jnp.shape(ids)[0] > batch_size:
+        raise ValueError(f"Expected at most batch_size={batch_size} ids, got {jnp.shape(ids)[0]}.")
+    if batch is None:
+        raise ValueError("Expected batch= with ids=: the pair of an insert is made on its rows.")
+    if keyed and key is None:
+        raise ValueError("Expected key=step_key in update: the loss takes one.")

@@ -1,0 +1,89 @@
+"""The pure parts of a Memory Pair: an insert's arguments, and what `forget_step` does."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxunlearn import records, transforms, tree
+from jaxunlearn.kernels import lbfgs
+from jaxunlearn.types import Status, UnlearnerState
+
+
+def correction(loss_fn, mode, paper, odometer, options):
+    """(params, inner, rows, ids, num_before) -> (params, inner, step_norm, noise_stddev, fits)."""
+    if mode != "paper":
+
+        def drop_pairs(params, inner, rows, ids, num_before):
+            memory = inner.curvature
+            memory = lbfgs.drop(memory, lbfgs.owned(memory, ids))
+            zero = jnp.zeros((), inner.gradient_square_sum.dtype)
+            return params, inner._replace(curvature=memory), zero, zero, jnp.ones((), bool)
+
+        return drop_pairs
+
+    paper = paper or transforms.PaperDeletion()
+    limits = {}
+    if odometer is not None:
+        paper = dataclasses.replace(paper, noise_stddev=odometer.noise_stddev)
+        limits = {"sensitivity": odometer.sensitivity}
+    return transforms.make_step_back(
+        loss_fn, paper,
+        learning_rate=options["learning_rate"], l2=options["l2"],
+        scale_range=options.get("scale_range"), **limits,
+    )  # fmt: skip
+
+
+def other_of(twin_segment):
+    """`make_twin_segment`'s run as (params, inner, segment, active) -> (params, inner, flags)."""
+
+    def run(params, inner, segment, active):
+        leaving = jnp.where(segment.weights == 0, segment.ids, -1).ravel()
+        whole = segment._replace(weights=(segment.ids >= 0).astype(segment.weights.dtype))
+        twins, _, flags = twin_segment(records.twins_of(params, inner), leaving, whole, active)
+        return twins.other_params, twins.other_inner, flags
+
+    return run
+
+
+def run_window(runner, params, state, rows, ids, weights):
+    """The steps at which the record stands, run by `runner`."""
+    record = state.record
+    segment, cursor, active = records.window_of(record, rows, ids, weights)
+    new_params, inner, met = runner(params, state.inner, segment, active)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(active > 0, n, o), new, old)
+    kept_ids = jnp.where(segment.weights != 0, segment.ids, -1)
+    record = record._replace(
+        participation=record.participation._replace(
+            num_steps=record.participation.num_steps + active
+        ),
+        log=record.log._replace(
+            step_ids=record.log.step_ids.at[cursor].set(kept_ids, mode="drop"),
+            step_non_finite=record.log.step_non_finite.at[cursor].set(met.non_finite, mode="drop"),
+        ),
+        checkpoints=records.drop_after(record.checkpoints, cursor[0]),
+    )
+    return finished(keep(new_params, params), keep(inner, state.inner), record, num_steps=active)
+
+
+def finished(params, inner, record, **arrays):
+    """What `forget_step` returns: poisoned where it is not finite."""
+    failed = ~tree.all_finite(params)
+    status = jnp.where(failed, int(Status.NON_FINITE), 0).astype(jnp.int32)
+    participation = record.participation
+    participation = participation._replace(status=participation.status | status)
+    record = record._replace(participation=participation)
+    state = UnlearnerState(inner=tree.poison(inner, failed), record=record)
+    return tree.poison(params, failed), state, {"status": status} | arrays
+
+
+def insert_of(batch, ids, key) -> dict[str, Any]:
+    """What `online_lbfgs` wants of a step; without a batch, a loss that makes no pair."""
+    if batch is None:
+        return {"value_fn": lambda params: jnp.zeros(())}
+    if ids is None:
+        return {"batch": batch}
+    weights = (ids >= 0).astype(jnp.float32)
+    num_rows = jnp.sum(ids >= 0, dtype=jnp.int32)
+    return {"batch": batch, "ids": ids, "weights": weights, "num_rows": num_rows, "key": key}
