@@ -6,6 +6,7 @@ from jaxunlearn.accounting.budget import (
     charge_release,
     check_capacity,
     check_request,
+    worst_case_noise,
 )
 from jaxunlearn.accounting.gaussian import (
     compose_gaussian,
@@ -94,5 +95,6 @@ __all__ = [
     "round_up",
     "spectral_norm_bound",
     "summation_slack",
+    "worst_case_noise",
     "zcdp_noise",
 ]

@@ -4,7 +4,8 @@ import math
 from typing import NamedTuple
 
 from jaxunlearn import errors
-from jaxunlearn.accounting.release import certified_mu, release_mu
+from jaxunlearn.accounting.release import certified_mu, certified_noise, release_mu
+from jaxunlearn.accounting.removal import WorstCase
 from jaxunlearn.accounting.rounding import round_up
 from jaxunlearn.types import Budget
 
@@ -29,6 +30,23 @@ def check_capacity(budget: Budget, num_examples: int) -> None:
         raise ValueError(
             f"Expected budget.max_forget={budget.max_forget} < num_examples={num_examples}."
         )
+
+
+def worst_case_noise(
+    worst_case: WorstCase, *, l2: float, budget: Budget, num_examples: int, dimension: int
+) -> float:
+    """Noise for one release of `max_forget` ids at twice the bound, to leave room for residuals.
+
+    >>> flat = WorstCase(lipschitz=1.0, hessian_lipschitz=0.0)
+    >>> budget = Budget(epsilon=1.0, delta=1e-5, max_forget=1)
+    >>> worst_case_noise(flat, l2=1.0, budget=budget, num_examples=10, dimension=1) >= 0
+    True
+    """
+    check_capacity(budget, num_examples)
+    distance = worst_case.distance(l2, budget.max_forget, num_examples - budget.max_forget)
+    return certified_noise(
+        epsilon=budget.epsilon, delta=budget.delta, sensitivity=2 * distance, dimension=dimension
+    )
 
 
 def check_request(budget: Budget, total_forgotten: int, spent_units: int) -> None:

@@ -12,7 +12,9 @@ from jaxunlearn.records.checkpoints import (
 )
 from jaxunlearn.records.ids import bucket, show_ids, validate_ids
 from jaxunlearn.records.iterates import (
+    check_solution,
     flatten,
+    last_iterate,
     pack_float64,
     split,
     unflatten,
@@ -66,6 +68,7 @@ __all__ = [
     "check_num_examples",
     "check_params",
     "check_participation",
+    "check_solution",
     "check_state",
     "check_status",
     "check_update",
@@ -78,6 +81,7 @@ __all__ = [
     "init_checkpoints",
     "init_log",
     "init_participation",
+    "last_iterate",
     "last_slot_before",
     "log_of",
     "make_rebuild",

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float64, PyTree, UInt32
+from jaxtyping import Array, Float64, PyTree, UInt8, UInt32
 
-from jaxunlearn import tree
+from jaxunlearn import errors, kernels, tree
 
 
 def pack_float64(flat: Float64[np.ndarray, "p"]) -> UInt32[Array, "p 2"]:
@@ -48,3 +48,30 @@ def widen(arrays: PyTree) -> PyTree:
         return jnp.asarray(leaf, jnp.float64) if tree.is_inexact(leaf) else jnp.asarray(leaf)
 
     return jax.tree.map(wide, arrays)
+
+
+def last_iterate(
+    params: PyTree, words: UInt32[Array, "p 2"], release_digest: UInt8[Array, "32"]
+) -> PyTree:
+    """The un-noised float64 iterate where `params` are the last release, else `params` themselves.
+
+    release_digest: of the parameters last released; that of nothing where there was no release.
+    """
+    if tree.digest_bytes(params) == np.asarray(release_digest).tobytes():
+        return split(unpack_float64(words), params)
+    return params
+
+
+def check_solution(solution: kernels.Solution, moved: PyTree) -> None:
+    """Refuse a solve that met negative curvature, and parameters that are not finite.
+
+    Raises:
+      SolverError, NonFiniteError.
+    """
+    if bool(solution.negative_curvature):
+        raise errors.SolverError(
+            "Expected a convex loss, met negative curvature in the retained Hessian. Raise l2, "
+            "make the loss convex, or use unlearners.replay."
+        )
+    if not bool(tree.all_finite(moved)):
+        raise errors.NonFiniteError("The Newton step is not finite; nothing was released.")

@@ -25,7 +25,7 @@ from jaxunlearn.records.rules import Context, Rule, check_states, remake
 from jaxunlearn.types import Batch, LossFn, Params
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Rebuild:
     """How to remake a state; public, and fixed before any request.
 
@@ -48,6 +48,16 @@ class Rebuild:
                 raise ValueError(f"Expected an integer {name}={value} >= 1.")
         if not jnp.issubdtype(jnp.result_type(self.key), jax.dtypes.prng_key):
             raise TypeError("Expected a typed key, jax.random.key(...).")
+
+    @property
+    def assumption(self) -> str:
+        """What a certificate has to say, whose promise covers a state remade in this way."""
+        return (
+            "The optimizer state is remade from the released parameters and the retained rows, and "
+            "adds nothing to epsilon if what else it is made from depends on no row: the number of "
+            "updates, the optimizer with its schedule, and key, "
+            f"batch_size={self.batch_size} and num_batches={self.num_batches} of the rebuild."
+        )
 
 
 class Sample(NamedTuple):
@@ -116,7 +126,7 @@ def rebuild(
 
     Raises:
       UnknownStateError: a part of the state that no rule knows, by name.
-      RetainSetEmptyError, MissingDataError, IdError.
+      RetainSetEmptyError, MissingDataError, IdError, NonFiniteError.
 
     References: the project's own; the averages are the fixed point of those in Kingma and Ba 2015,
       section 3, for gradients that do not move.
@@ -152,13 +162,20 @@ def make_rebuild(
             raise ValueError(f"Expected an integer num_steps={num_steps} >= 0.")
         ids, _ = validate_ids(retained_ids, np.iinfo(np.int32).max)
         sample = _draw(reader, ids, words, options)
-        return drive(params, sample, np.int32(num_steps), dict(settings or {}), options.key)
+        settings = dict(settings or {})
+        inner, failed = drive(params, sample, np.int32(num_steps), settings, options.key)
+        if bool(failed):
+            raise errors.NonFiniteError(
+                "Rebuilding the optimizer state from retained gradients gave NaN; nothing was "
+                "released. Do the optimizer and these parameters train at all?"
+            )
+        return inner
 
     return Rebuilder(check, again)
 
 
 def _make_drive(tx, loss_fn, options: Rebuild, penalty: Penalty):
-    """(params, sample, num_steps, settings, key) -> state; pure, for `jax.jit`."""
+    """(params, sample, num_steps, settings, key) -> (state, failed); pure, for `jax.jit`."""
     update = wrapped_update(tx, penalty)
     init = optax.with_extra_args_support(tx).init
     gradient = kernels.weighted_grad(loss_fn, has_info=True)
@@ -201,7 +218,12 @@ def _make_drive(tx, loss_fn, options: Rebuild, penalty: Penalty):
             ),
         )
         inner = remake(driven, fresh, Context(num_steps, curvature), options.rules)
-        return set_settings(tree.match_weak_types(inner, fresh), settings)
+        inner = set_settings(tree.match_weak_types(inner, fresh), settings)
+        # Infinity is what a fresh line search holds for a value that it does not know.
+        nans = [
+            jnp.any(jnp.isnan(leaf)) for leaf in jax.tree.leaves(inner) if tree.is_inexact(leaf)
+        ]
+        return inner, jnp.any(jnp.array(nans, bool))
 
     return drive
 

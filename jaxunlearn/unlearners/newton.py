@@ -66,6 +66,7 @@ def newton(
     linear_model: accounting.LinearModel | None = None,
     worst_case: accounting.WorstCase | None = None,
     num_steps: int = 1,
+    rebuild: records.Rebuild | None = None,
     microbatch_size: int | None = None,
     entropy: accounting.Entropy = secrets.token_bytes,
     progress: bool | None = None,
@@ -90,20 +91,27 @@ def newton(
       worst_case: an `accounting.WorstCase`; charges Sekhari's bound instead of a measured one.
       num_steps: Newton steps; the second and later ones start from the retained gradient and
         square the error. More than one needs the evaluated residual (no model of either kind).
+      rebuild: how to remake the state of `tx` from the released parameters and the retain set:
+        scope "full-state". None starts it afresh: scope "params".
       microbatch_size: rows differentiated at a time in Hessian products; None takes all.
       entropy: bytes for the noise; replace it in tests only.
 
     Returns:
-      An `Unlearner`. After `forget`, `inner` is `tx.init(released parameters)`: scope "params".
+      An `Unlearner`. After `forget`, `inner` is `tx.init(released parameters)`, or with `rebuild`
+      `records.rebuild(tx, loss_fn, released parameters, data, retained ids, num_steps=updates so
+      far, l2=l2)`: nothing of the state that was handed in enters it.
       `forget_step` takes all rows, leading axis num_examples, weight 0 for those to forget and id
       -1 for those absent, and returns parameters WITHOUT noise.
 
-    Cost: three gradients and about two per solver iteration, over all rows, in float64.
+    Cost: three gradients and about two per solver iteration, over all rows, in float64; `rebuild`
+      adds its own.
 
     Guarantees:
       The bound is not below the true gradient norm of the retained objective at the iterate.
       The noise of every release is fixed before the request, and the sum of what releases cost
       never exceeds the budget.
+      With `rebuild` the state is a function of released parameters, retained rows, and the number
+      of updates alone.
 
     Raises (forget):
       IdError, WrongStateError, MissingDataError, TrainingRecordError, CoupledLossError,
@@ -111,9 +119,6 @@ def newton(
     """
     solver = solver or kernels.cg(tol=1e-8, max_iterations=1000)
     _check_options(loss_fn, l2, noise_stddev, worst_case, linear_model, num_steps)
-    if noise_stddev is None:
-        _calibrated_noise(worst_case, l2, budget, num_examples, 1)  # refuse here what cannot be
-    inner_update = records.wrapped_update(tx, records.Penalty(l2))
     features = linear_model.features if linear_model else None
     make_step = functools.partial(
         kernels.newton_step, loss_fn, l2=l2, solver=solver, microbatch_size=microbatch_size
@@ -125,6 +130,9 @@ def newton(
     )
     measure = jax.jit(figures)
     gram_of = jax.jit(kernels.feature_gram(features or (lambda rows: rows)))
+    penalty = records.Penalty(l2)
+    inner_update = records.wrapped_update(tx, penalty)
+    rebuilder = records.make_rebuild(tx, loss_fn, rebuild, penalty) if rebuild else None
     info_of = functools.partial(ForgetInfo.of, "newton")
     loss_checked: list[bool] = []
     templates: list[Params] = []
@@ -133,7 +141,25 @@ def newton(
     def fresh_inner(params):
         return tree.copy(optax.with_extra_args_support(tx).init(params))
 
+    def noise_of(dimension):
+        if noise_stddev or worst_case is None:
+            return noise_stddev or DEFAULT_NOISE_STDDEV
+        return accounting.worst_case_noise(
+            worst_case, l2=l2, budget=budget, num_examples=num_examples, dimension=dimension
+        )
+
+    noise_of(1)  # refuse here what cannot be
+
+    def remade_inner(params, reader, batch, record):
+        if rebuilder is None:
+            return fresh_inner(params)
+        retained = batch.ids[batch.weights > 0]
+        num_updates = int(record.participation.num_steps)
+        return rebuilder.again(params, reader, retained, num_steps=num_updates)
+
     def init(params):
+        if rebuilder:
+            rebuilder.check(params)
         templates[:] = [jax.eval_shape(lambda: params)]
         count = tree.num_parameters(params)
         record = NewtonRecord(
@@ -184,9 +210,6 @@ def newton(
             accounting.check_request(budget, total, int(record.spent_units))
         return ids, num_duplicates
 
-    def noise_of(dimension):
-        return noise_stddev or _calibrated_noise(worst_case, l2, budget, num_examples, dimension)
-
     def check_once(params, batch):
         if loss_checked:
             return
@@ -199,12 +222,13 @@ def newton(
     def take(params, record, batch):
         with jax.enable_x64(True):
             wide = records.widen(tuple(batch))
-            start = records.widen(_start(params, record))
+            start = records.last_iterate(params, record.iterate_words, record.release_digest)
+            start = records.widen(start)
             moved, solution = take_step(start, *wide)
             for _ in range(num_steps - 1):
-                _check_solution(solution, moved)
+                records.check_solution(solution, moved)
                 moved, solution = refine(moved, *wide)
-            _check_solution(solution, moved)
+            records.check_solution(solution, moved)
             measured = jax.device_get(measure(start, moved, *wide))
         figures = kernels.RemovalFigures(*(leaf.item() for leaf in measured))
         return records.flatten(moved), figures, int(solution.num_iterations)
@@ -246,7 +270,7 @@ def newton(
             flat, noise_stddev=stddev, sensitivity=bound.distance, entropy=entropy
         )
         new_params = records.unflatten(release.values, params)
-        inner = fresh_inner(new_params)
+        inner = remade_inner(new_params, reader, batch, record)
         new_state = UnlearnerState(
             inner=tree.match_weak_types(inner, opt_state.inner),
             record=_next_record(record, ids, flat, new_params, charge),
@@ -254,7 +278,8 @@ def newton(
         certificate, salt = certificates.issue(
             ids, num_duplicates, (params, opt_state.inner), (new_params, inner),
             epsilon=budget.epsilon, delta=budget.delta, prior_mu=charge.prior_mu,
-            releases_covered=int(new_state.record.num_releases), **_promise(bound, release),
+            releases_covered=int(new_state.record.num_releases),
+            **_promise(bound, release, rebuild),
         )  # fmt: skip
         info = info_of(
             ids, num_duplicates, begun, requester=requester,
@@ -278,7 +303,8 @@ def newton(
             reason="unless the measured residual exceeds what is left of the budget",
             num_steps=num_steps,
             num_gradients=8
-            + 2 * num_steps * int(last.get("iterations", tree.num_parameters(params))),
+            + 2 * num_steps * int(last.get("iterations", tree.num_parameters(params)))
+            + (rebuild.num_batches if rebuild else 0),
             retrain_gradients=int(opt_state.record.participation.num_steps),
             memory_bytes=int(last.get("bytes", 0)) + 80 * count,
         )
@@ -304,35 +330,6 @@ def _check_options(loss_fn, l2, noise_stddev, worst_case, linear_model, num_step
         )
 
 
-def _start(params: Params, record: NewtonRecord) -> Params:
-    """The un-noised iterate where `params` are the last release, else `params` themselves."""
-    released_before = int(record.num_releases) > 0
-    if released_before and tree.digest_bytes(params) == np.asarray(record.release_digest).tobytes():
-        return records.split(records.unpack_float64(record.iterate_words), params)
-    return params
-
-
-def _check_solution(solution: kernels.Solution, moved: Params) -> None:
-    if bool(solution.negative_curvature):
-        raise errors.SolverError(
-            "Expected a convex loss, met negative curvature in the retained Hessian. Raise l2, "
-            "make the loss convex, or use unlearners.replay."
-        )
-    if not bool(tree.all_finite(moved)):
-        raise errors.NonFiniteError("The Newton step is not finite; nothing was released.")
-
-
-def _calibrated_noise(worst_case, l2, budget, num_examples, dimension) -> float:
-    """Noise for one release of `max_forget` ids at twice the bound, to leave room for residuals."""
-    if worst_case is None:
-        return DEFAULT_NOISE_STDDEV
-    accounting.check_capacity(budget, num_examples)
-    distance = worst_case.distance(l2, budget.max_forget, num_examples - budget.max_forget)
-    return accounting.certified_noise(
-        epsilon=budget.epsilon, delta=budget.delta, sensitivity=2 * distance, dimension=dimension
-    )
-
-
 def _next_record(record, ids, flat, new_params, charge) -> NewtonRecord:
     return NewtonRecord(
         participation=records.bury(record.participation, ids),
@@ -343,14 +340,16 @@ def _next_record(record, ids, flat, new_params, charge) -> NewtonRecord:
     )
 
 
-def _promise(bound, release) -> dict[str, Any]:
+def _promise(bound, release, rebuild: records.Rebuild | None) -> dict[str, Any]:
     """The fields of the certificate that say what is promised, and what is not."""
+    remade = {"public rebuild": rebuild.assumption} if rebuild else {}
+    excluded = [name for name in _EXCLUDED if not (rebuild and name == "optimizer state")]
     return {
         "method": "newton",
         "paper": PAPER,
         "target": "minimiser",
         "guarantee": "certified",
-        "scope": "params",
+        "scope": "full-state" if rebuild else "params",
         "sensitivity": certificates.Sensitivity(
             value=bound.distance, status=bound.status, text=bound.text
         ),
@@ -363,10 +362,10 @@ def _promise(bound, release) -> dict[str, Any]:
         "dimension": release.values.size,
         "residuals": bound.terms,
         "assumptions": (
-            *certificates.assumed(*_ASSUMED, **bound.assumptions),
+            *certificates.assumed(*_ASSUMED, **bound.assumptions, **remade),
             *certificates.measured("data-dependent bound", "arithmetic"),
         ),
-        "not_covered": certificates.excluded(*_EXCLUDED),
+        "not_covered": certificates.excluded(*excluded),
     }
 
 

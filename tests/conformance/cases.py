@@ -94,6 +94,7 @@ NEWTON = {
     "noise_stddev": 10.0,
     "budget": Budget(epsilon=50.0, delta=1e-5, max_forget=8),
 }
+REBUILD = {"rebuild": records.Rebuild(key=jax.random.key(11), batch_size=BATCH, num_batches=3)}
 _replay = functools.partial(
     Case, factory=unlearners.replay, operands=run_as_segment, exact=True, has_max_steps=True
 )
@@ -101,6 +102,15 @@ CASES = [
     _replay("replay", options=REPLAY),
     _replay("replay-kept", options=REPLAY | KEPT, oracle_options=KEPT, crossed=False),
     Case("newton", unlearners.newton, NEWTON, rows_at_once, noisy=True, before_noise=iterate_of),
+    Case(
+        "newton-rebuild",
+        unlearners.newton,
+        NEWTON | REBUILD,
+        rows_at_once,
+        noisy=True,
+        before_noise=iterate_of,
+        crossed=False,
+    ),  # fmt: skip
 ]
 
 
