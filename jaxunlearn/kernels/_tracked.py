@@ -38,11 +38,11 @@ class Tracked:
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
         owners = list(zip(paths, shapes, flags, strict=True))
         in_inner = [
-            _has_tangent(leaf) and _owned_flag(path, jnp.shape(leaf), owners)
+            is_inexact(leaf) and _owned_flag(path, jnp.shape(leaf), owners)
             for path, leaf in jax.tree_util.tree_leaves_with_path(inner)
         ]
         in_params = [
-            flag and _has_tangent(leaf)
+            flag and is_inexact(leaf)
             for flag, leaf in zip(flags, jax.tree.leaves(params), strict=True)
         ]
         if not any(in_params):
@@ -78,13 +78,6 @@ class Tracked:
 def widened(leaves: Sequence[Array]) -> tuple[Array, ...]:
     """Leaves in float32 or wider: tangents of a bf16 model do not round to bf16."""
     return tuple(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves)
-
-
-def _has_tangent(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return False
-    return is_inexact(leaf)
 
 
 def _owned_flag(path, shape, owners) -> bool:

@@ -34,11 +34,12 @@ FEW_UNITS = 4
 
 
 class StateTangents(NamedTuple):
-    """The three functions of `state_tangents`."""
+    """The functions of `state_tangents`."""
 
     init: Callable[..., Tangents]
     step: Callable[..., Tangents]
     add: Callable[..., tuple[Params, PyTree]]
+    take: Callable[[Params, PyTree], tuple[tuple[Array, ...], tuple[Array, ...]]]
 
 
 def state_tangents(
@@ -80,7 +81,7 @@ def state_tangents(
       microbatch_size: tracked rows of the batch differentiated at a time; None as units_at_once.
 
     Returns:
-      Three pure functions, for use under `jit` (with the stacks donated), `lax.scan`, and with the
+      Four pure functions, for use under `jit` (with the stacks donated), `lax.scan`, and with the
       stacks sharded over units:
       init(params, inner, *, num_units) -> stacks of zeros.
       step(tangents, params, inner, grads, batch, weights, slots, *, num_rows=None, keys=None,
@@ -91,6 +92,7 @@ def state_tangents(
         Rows of weight zero and rows that are not finite count as in `weighted_grad`.
       add(params, inner, tangents, slots, amounts) -> (params, inner) + sum_j amounts[j] tangent of
         slots[j]; slots out of range add nothing.
+      take(params, inner) -> the leaves that have tangents: of params, and of inner.
 
     Cost: step: one Hessian product (at most two gradients' flops) and one update a unit, written in
       place; one gradient and one product for each tracked row. Memory: the stacks, and one gradient
@@ -162,7 +164,11 @@ def state_tangents(
         in_params, in_inner = tracked.split(moved)
         return tracked.put_params(params, in_params), tracked.put_inner(inner, in_inner)
 
-    return StateTangents(init, step, add)
+    def take(params, inner):
+        tracked = Tracked.of(params, inner, track_leaves)
+        return widened(tracked.take_params(params)), widened(tracked.take_inner(inner))
+
+    return StateTangents(init, step, add, take)
 
 
 def _check_options(recursion, normalizer, units_at_once, microbatch_size) -> None:

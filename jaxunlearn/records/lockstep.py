@@ -1,0 +1,281 @@
+"""A training step, and what goes along with it: tangents of its state, and shadow runs.
+
+A shadow is the same training with one retained unit's weight at zero. Its distance to the run is
+what the tangent of that unit predicts, so the two together measure how linear the run is.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxunlearn import kernels, tree
+from jaxunlearn.records.log import set_settings
+from jaxunlearn.records.replay import Penalty, Segment, StepFlags, wrapped_update
+from jaxunlearn.types import Batch, LossFn, Params
+
+NOT_MEASURED = -1.0
+
+
+class Shadows(NamedTuple):
+    """Shadow runs, and the figure they give.
+
+    shadow_units: the unit each one leaves out, -1 until it is drawn.
+    shadow_states: (params, inner) of each.
+    linearity: relative error of the predicted change, in parameters and in optimizer state, the
+      largest of all shadows; -1 where nothing was measured.
+    linearity_before: the same at the last deletion, which ended the shadows of then.
+    """
+
+    shadow_units: Int[Array, " shadows"]
+    shadow_states: tuple[tuple[Params, PyTree], ...]
+    linearity: Float[Array, "2"]
+    linearity_before: Float[Array, "2"]
+
+
+class Along(NamedTuple):
+    """What is carried along: stacks of tangents, which slots are live, shadows."""
+
+    tangents: kernels.Tangents
+    slot_is_live: Bool[Array, " slots"]
+    shadows: Shadows
+
+
+class Step(NamedTuple):
+    """One step's rows. slots: of each row's unit; units: of each row, -1 for none.
+
+    drawable: rows whose unit a new shadow may leave out.
+    """
+
+    rows: Batch
+    weights: Float[Array, " b"]
+    num_rows: Int[Array, ""]
+    keys: Any
+    units: Int[Array, " b"]
+    slots: Int[Array, " b"]
+    drawable: Bool[Array, " b"]
+
+
+def init_along(tangents: kernels.Tangents, params, inner, *, num_shadows: int) -> Along:
+    """Zero tangents, no shadow drawn."""
+    copies = tuple(tree.copy((params, inner)) for _ in range(num_shadows))
+    nothing = lambda: jnp.full((2,), NOT_MEASURED, jnp.float32)
+    return Along(
+        tangents=tangents,
+        slot_is_live=jnp.ones((tangents[0].shape[0],), bool),
+        shadows=Shadows(
+            shadow_units=jnp.full((num_shadows or 1,), -1, jnp.int32),
+            shadow_states=copies,
+            linearity=nothing(),
+            linearity_before=nothing(),
+        ),
+    )
+
+
+def end_shadows(shadows: Shadows) -> Shadows:
+    """No shadow drawn, and nothing left of those there were but their figure."""
+    zero = lambda leaf: jnp.zeros_like(leaf) if tree.is_inexact(leaf) else leaf
+    return Shadows(
+        shadow_units=jnp.full_like(shadows.shadow_units, -1),
+        shadow_states=jax.tree.map(zero, shadows.shadow_states),
+        linearity=shadows.linearity,
+        linearity_before=shadows.linearity,
+    )
+
+
+class Lockstep:
+    """Steps of a run with what goes along.
+
+    Args:
+      tx, loss_fn, normalizer, penalty: the training.
+      tangent_options: of `kernels.state_tangents`.
+      slots: units -> slots of their tangents, where every unit that a shadow may leave out has one.
+      own_slots: the first of slots that shadows have for themselves, where units have none.
+    """
+
+    def __init__(
+        self,
+        tx: optax.GradientTransformation,
+        loss_fn: LossFn,
+        *,
+        normalizer: str,
+        penalty: Penalty,
+        slots: Callable[[Array], Array] | None = None,
+        own_slots: int = 0,
+        **tangent_options: Any,
+    ):
+        self.inner_update = wrapped_update(tx, penalty)
+        self._init = optax.with_extra_args_support(tx).init
+        self.keyed = kernels.takes_key(loss_fn)
+        self._gradient = kernels.weighted_grad(loss_fn, has_info=True)
+        self._value = kernels.weighted_loss(loss_fn)
+        self._is_kept = normalizer == "kept"
+        self._slots, self._own_slots = slots, own_slots
+        self._make = functools.partial(
+            kernels.state_tangents, loss_fn, normalizer=normalizer, **tangent_options
+        )
+
+    def tangents(self, extra: dict[str, Any] | None = None) -> kernels.StateTangents:
+        """The kernel round this optimizer. extra: arguments of `tx.update` at this step."""
+        given = extra or {}
+
+        def apply(grads, inner, params):
+            own = {"grad": grads} if given.get("grad") is not None else {}
+            return self._applied(grads, inner, params, given | own)
+
+        return self._make(apply)
+
+    def _applied(self, grads, inner, params, extra):
+        updates, inner = self.inner_update(grads, inner, params, **extra)
+        return optax.apply_updates(params, updates), inner
+
+    def is_smooth_at_rest(self, params) -> bool:
+        """Whether the update has finite tangents at zero gradient and fresh state.
+
+        Looks at shapes alone. Adam without eps_root has none.
+        """
+        zeros = lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf))
+        with jax.ensure_compile_time_eval():
+            still = jax.tree.map(zeros, params)
+            fresh = self._init(still)
+            kernel = self.tangents()
+
+            def update(grads):
+                extra = {"value": jnp.zeros(()), "grad": grads, "value_fn": lambda p: jnp.zeros(())}
+                return kernel.take(*self._applied(grads, fresh, still, extra))
+
+            try:
+                _, moved = jax.jvp(update, (still,), (jax.tree.map(jnp.ones_like, still),))
+            except TypeError:  # it wants arguments of which nothing is known here
+                return True
+            return bool(tree.all_finite(moved))
+
+    def gradient(self, params, step: Step):
+        """The training gradient, what it met, and the arguments that `tx.update` may want."""
+        options = {"num_rows": None if self._is_kept else step.num_rows, "keys": step.keys}
+        grads, info = self._gradient(params, step.rows, step.weights, **options)
+        value_fn = lambda p: self._value(p, step.rows, step.weights, **options)
+        return grads, info, {"value": info.value, "grad": grads, "value_fn": value_fn}
+
+    def go_along(self, along: Along, before, after, grads, step: Step, extra) -> Along:
+        """Tangents and shadows after the step from `before` to `after`, each (params, inner)."""
+        kernel = self.tangents(extra)
+        shadows = self._drawn(kernel, along, before, step)
+        slots = step.slots
+        if self._slots is None:
+            for i in range(len(shadows.shadow_states)):
+                mine = (step.units == shadows.shadow_units[i]) & (step.units >= 0)
+                slots = jnp.where(mine, self._own_slots + i, slots)
+        moved = tuple(
+            self._without(state, shadows.shadow_units[i], step, extra)
+            for i, state in enumerate(shadows.shadow_states)
+        )
+        tangents = kernel.step(
+            along.tangents, *before, grads, step.rows, step.weights, slots,
+            num_rows=None if self._is_kept else step.num_rows, keys=step.keys,
+            live=along.slot_is_live,
+        )  # fmt: skip
+        shadows = shadows._replace(shadow_states=moved)
+        shadows = shadows._replace(linearity=self._linearity(kernel, tangents, shadows, after))
+        return along._replace(tangents=tangents, shadows=shadows)
+
+    def _without(self, state, unit, step: Step, extra):
+        """One step of the shadow that leaves `unit` out."""
+        params, inner = state
+        weights = jnp.where((step.units == unit) & (unit >= 0), 0, step.weights)
+        grads, _, own = self.gradient(params, step._replace(weights=weights))
+        wanted = {name: own[name] for name in own if extra.get(name) is not None}
+        return self._applied(grads, inner, params, extra | wanted)
+
+    def _slot_of(self, unit, i: int):
+        return self._own_slots + i if self._slots is None else self._slots(unit)
+
+    def _drawn(self, kernel, along: Along, before, step: Step) -> Shadows:
+        """Shadows not yet drawn leave out a unit of this batch; they start where it predicts."""
+        shadows = along.shadows
+        units, states = shadows.shadow_units, []
+        places = jnp.cumsum(step.drawable)
+        for i, state in enumerate(shadows.shadow_states):
+            row = jnp.argmax(places > i % jnp.maximum(places[-1], 1))
+            draws = (units[i] < 0) & (places[-1] > 0)
+            units = units.at[i].set(jnp.where(draws, step.units[row], units[i]))
+            slots = jnp.reshape(self._slot_of(units[i], i), (1,))
+            start = functools.partial(
+                kernel.add, *before, along.tangents, slots, jnp.ones((1,))
+            )
+            started = lambda start=start, state=state: _like(start(), state)
+            states.append(jax.lax.cond(draws, started, lambda state=state: state))
+        return shadows._replace(shadow_units=units, shadow_states=tuple(states))
+
+    def _linearity(self, kernel, tangents, shadows: Shadows, after) -> Float[Array, "2"]:
+        """The largest relative error of all shadows, not below that of before the last deletion."""
+        found = [shadows.linearity_before]
+        for i, state in enumerate(shadows.shadow_states):
+            slot = self._slot_of(shadows.shadow_units[i], i)
+            pairs = zip(kernel.take(*state), kernel.take(*after))
+            actual = [[a - b for a, b in zip(*pair)] for pair in pairs]
+            predicted = [leaf[slot].astype(jnp.float32) for leaf in tangents]
+            count = len(actual[0])
+            errors = jnp.stack(
+                [
+                    _relative_error(predicted[:count], actual[0]),
+                    _relative_error(predicted[count:], actual[1]),
+                ]
+            )
+            found.append(jnp.where(shadows.shadow_units[i] >= 0, errors, NOT_MEASURED))
+        return functools.reduce(_worse, found)
+
+    def run(self, step_of: Callable[[Segment], Step]):
+        """A function (params, inner, along, segment, num_active) -> the same after the segment."""
+
+        def one(params, inner, along, row: Segment):
+            inner = set_settings(inner, row.settings)
+            step = step_of(row)
+            grads, info, extra = self.gradient(params, step)
+            flags = StepFlags(~tree.all_finite(grads), info.num_non_finite)
+            after = self._applied(grads, inner, params, extra)
+            along = self.go_along(along, (params, inner), after, grads, step, extra)
+            return *after, along, flags
+
+        def segment(params, inner, along, segment: Segment, num_active):
+            length = segment.ids.shape[0]
+            at = lambda i: jax.tree.map(lambda leaf: leaf[i], segment)
+            if length == 1:
+                *state, bad = one(params, inner, along, at(0))
+                return *state, jax.tree.map(lambda leaf: leaf[None], bad)
+
+            def body(i, carry):
+                *state, flags = carry
+                *state, bad = one(*state, at(i))
+                put = lambda all, one: all.at[i].set(one)
+                return *state, jax.tree.map(put, flags, bad)
+
+            flags = StepFlags(jnp.zeros((length,), bool), jnp.zeros((length,), jnp.int32))
+            return jax.lax.fori_loop(0, num_active, body, (params, inner, along, flags))
+
+        return segment
+
+
+def _like(state, template):
+    """`state` with the dtypes and weak types of `template`."""
+    cast = lambda leaf, like: leaf.astype(like.dtype) if tree.is_inexact(like) else leaf
+    return tree.match_weak_types(jax.tree.map(cast, state, template), template)
+
+
+def _relative_error(predicted, actual) -> Float[Array, ""]:
+    """||predicted - actual|| / ||actual||; -1 where both vanish."""
+    squares = lambda leaves: sum((tree.vdot(x, x) for x in leaves), start=jnp.zeros(()))
+    gap = jnp.sqrt(squares([p - a for p, a in zip(predicted, actual)]))
+    size = jnp.sqrt(squares(actual))
+    error = gap / jnp.where(size > 0, size, 1.0)
+    error = jnp.where(size > 0, error, jnp.where(gap > 0, jnp.inf, NOT_MEASURED))
+    return error.astype(jnp.float32)
+
+
+def _worse(a, b):
+    """The larger of two figures; NaN is the worst there is."""
+    return jnp.where(jnp.isnan(a) | jnp.isnan(b), jnp.nan, jnp.maximum(a, b))
