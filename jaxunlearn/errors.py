@@ -25,6 +25,10 @@ class AlreadyForgottenError(IdError):
     """An id was forgotten before. Ids are never reused."""
 
 
+class NotTrackedError(IdError):
+    """Training carried no tangent for this unit."""
+
+
 class WrongStateError(JaxUnlearnError, TypeError):
     """The optimizer state is not the `UnlearnerState` of this unlearner."""
 
@@ -63,6 +67,14 @@ class VerificationError(JaxUnlearnError, RuntimeError):
 
 class NonFiniteError(JaxUnlearnError, ArithmeticError):
     """A deletion produced a value that is not finite; nothing was released."""
+
+
+class RoughRunError(JaxUnlearnError, RuntimeError):
+    """The run is not linear enough for a first-order deletion; nothing was released."""
+
+
+class RecordTooLargeError(JaxUnlearnError, ValueError):
+    """The deletion record would take more memory than was allowed."""
 
 
 class SolverError(JaxUnlearnError, ArithmeticError):
