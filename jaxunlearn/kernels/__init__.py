@@ -56,7 +56,7 @@ from jaxunlearn.kernels.solves import (
     spectral_radius,
     woodbury,
 )
-from jaxunlearn.kernels.tangents import StateTangents, state_tangents
+from jaxunlearn.kernels.tangents import StateTangents, Tangents, TrackLeaves, state_tangents
 
 __all__ = [
     "AuxiliaryOutput",
@@ -71,6 +71,8 @@ __all__ = [
     "Solution",
     "Solver",
     "StateTangents",
+    "Tangents",
+    "TrackLeaves",
     "bernoulli",
     "block_cg",
     "categorical",
