@@ -21,6 +21,15 @@ from jaxunlearn.records.iterates import (
     unpack_float64,
     widen,
 )
+from jaxunlearn.records.lockstep import (
+    NOT_MEASURED,
+    Along,
+    Lockstep,
+    Shadows,
+    Step,
+    end_shadows,
+    init_along,
+)
 from jaxunlearn.records.log import StepLog, get_settings, init_log, set_settings, write_step
 from jaxunlearn.records.participation import (
     Participation,
@@ -50,16 +59,23 @@ from jaxunlearn.records.replay import (
 from jaxunlearn.records.rows import AllRows, RowReader, all_rows
 from jaxunlearn.records.rules import as_driven, as_fresh, register_state
 from jaxunlearn.records.states import check_params, check_state, check_update
+from jaxunlearn.records.units import Units
 
 __all__ = [
+    "NOT_MEASURED",
     "AllRows",
+    "Along",
     "Checkpoints",
     "Participation",
+    "Lockstep",
     "Penalty",
     "Rebuild",
     "RowReader",
     "Segment",
+    "Shadows",
+    "Step",
     "StepLog",
+    "Units",
     "all_rows",
     "as_driven",
     "as_fresh",
@@ -75,9 +91,11 @@ __all__ = [
     "compare_replay",
     "default_segment_length",
     "drop_after",
+    "end_shadows",
     "flatten",
     "forgotten_ids",
     "get_settings",
+    "init_along",
     "init_checkpoints",
     "init_log",
     "init_participation",
