@@ -221,7 +221,9 @@ def _options_of(loss_fn: LossFn, normalizer: str) -> Any:
     def options(row: Segment, weights):
         scheduled = normalizer == "batch"
         num_rows = row.num_rows if scheduled else jnp.sum(weights != 0, dtype=jnp.int32)
-        key = jax.random.wrap_key_data(row.keys) if keyed else None
-        return num_rows, kernels.example_keys(key, row.ids) if keyed else None, key
+        if not keyed:
+            return num_rows, None, None
+        key = jax.random.wrap_key_data(row.keys)
+        return num_rows, kernels.example_keys(key, row.ids), key
 
     return options

@@ -30,7 +30,6 @@ from jaxunlearn.records.participation import Participation, observe
 from jaxunlearn.records.replay import Segment
 from jaxunlearn.types import Batch, Params, Status, UnlearnerState
 
-
 MAX_INFLUENCE = 0.5
 """The largest relative move that is believed of a first-order counterfactual."""
 
@@ -48,7 +47,7 @@ class Learner(NamedTuple):
     step: Callable
     loss: Callable
     twin: Callable | None
-    correct: Callable | None
+    correct: Callable
 
 
 class _Plan(NamedTuple):
@@ -173,44 +172,43 @@ def _plan_deletion(plan: _Plan, learner: Learner, mode: str, ids, num_examples: 
     )
     erase = lambda leaf: jnp.where(uses.reshape(uses.shape + (1,) * (leaf.ndim - 2)), 0, leaf)
     rows = jax.tree.map(erase, plan.rows)
+    before = read_slot(record.checkpoints, slot)  # type: ignore[arg-type]
     if mode == "replay":
-        params, inner = read_slot(record.checkpoints, slot)
+        params, inner = before
         output = plan.output._replace(num_replayed=stop - start)
         return _Plan(params, UnlearnerState(inner, cleaned), rows, start, stop, output)
 
-    params, inner, output = plan.params, plan.opt_state.inner, plan.output
-    twins = None
+    output, twins = plan.output, None
     if learner.twin is not None:
-        twins = _run_twins(learner, read_slot(record.checkpoints, slot), plan, uses, start, stop)
-        influence = relative_gap(twins.other_params, twins.params)
-        output = output._replace(
-            num_replayed=stop - start, influence=influence.astype(output.influence.dtype)
-        )
-    if mode == "tangent":
-        close = is_trusted(twins)
-        moved, new_inner = moved_by(params, inner, twins)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(close, n, o), new, old)
-        params, inner = keep(moved, params), keep(new_inner, inner)
-        cleaned, rows = keep(cleaned, record), keep(rows, plan.rows)
-        code = jnp.where(close, int(Outcome.DONE), int(Outcome.UNTRUSTED)).astype(jnp.int32)
-        output = output._replace(outcome=code)
-    else:
-        params, inner, output, fits = _corrected(learner, plan, twins, ids, uses, output)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(fits, n, o), new, old)
-        cleaned, rows = keep(cleaned, record), keep(rows, plan.rows)
-    return _Plan(params, UnlearnerState(inner, cleaned), rows, stop, stop, output)
+        twins = _run_twins(learner.twin, before, plan, uses, start, stop)
+        influence = relative_gap(twins.other_params, twins.params).astype(output.influence.dtype)
+        output = output._replace(num_replayed=stop - start, influence=influence)
+    by = _by_tangent if mode == "tangent" else _by_correction
+    params, inner, output, made = by(learner, plan, twins, ids, output)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(made, n, o), new, old)
+    state = UnlearnerState(inner, keep(cleaned, record))
+    return _Plan(params, state, keep(rows, plan.rows), stop, stop, output)
 
 
-def _corrected(learner: Learner, plan: _Plan, twins, ids, uses, output: StreamOutput):
-    """`learner.correct` at the current state, unless nothing is left of the rows."""
+def _by_tangent(learner: Learner, plan: _Plan, twins, ids, output: StreamOutput):
+    """(params, inner, output, made): moved as the linearised run is, where it can be trusted."""
+    made = is_trusted(twins)
+    old = plan.params, plan.opt_state.inner
+    new = moved_by(*old, twins)
+    params, inner = jax.tree.map(lambda n, o: jnp.where(made, n, o), new, old)
+    code = jnp.where(made, int(Outcome.DONE), int(Outcome.UNTRUSTED)).astype(jnp.int32)
+    return params, inner, output._replace(outcome=code), made
+
+
+def _by_correction(learner: Learner, plan: _Plan, twins, ids, output: StreamOutput):
+    """The same by `learner.correct` at the current state, unless nothing is left of the rows."""
     params, inner = plan.params, plan.opt_state.inner
     rows = rows_of(plan.rows, plan.opt_state.record.log, ids)
     before = plan.opt_state.record.num_deletions
 
     def correct():
-        new_params, new_inner, step_norm, stddev, fits = learner.correct(
-            params, inner, rows, ids, before
-        )
+        given = (params, inner, rows, ids, before)
+        new_params, new_inner, step_norm, stddev, fits = learner.correct(*given)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(fits, n, o), new, old)
         code = jnp.where(fits, int(Outcome.DONE), int(Outcome.EXHAUSTED)).astype(jnp.int32)
         cast = lambda x: x.astype(output.step_norm.dtype)
@@ -245,13 +243,13 @@ def moved_by(params: Params, inner, twins: Twins) -> tuple[Params, Any]:
     return moved, same
 
 
-def _run_twins(learner: Learner, start_state, plan: _Plan, uses, start, stop) -> Twins:
+def _run_twins(twin: Callable, start_state, plan: _Plan, uses, start, stop) -> Twins:
     """Both runs over steps start .. stop - 1 of the ledger, as it was before the deletion."""
     log = plan.opt_state.record.log
 
     def body(i, twins):
         row = _row_at(log, plan.rows, i)
-        return learner.twin(twins, row, jnp.where(uses[i], 0, row.weights))  # type: ignore[misc]
+        return twin(twins, row, jnp.where(uses[i], 0, row.weights))
 
     return jax.lax.fori_loop(start, stop, body, twins_of(*start_state))
 

@@ -37,8 +37,7 @@ class PaperDeletion:
     unit_noise: UnitNoise | None = None
 
     def __post_init__(self):
-        figures = (1.0 if self.rate is None else self.rate, self.noise_stddev, 1.0)
-        figures += (self.noise_multiplier,)
+        figures = (self.rate or 0.0, self.noise_stddev, self.noise_multiplier)
         if not all(math.isfinite(x) and x >= 0 for x in figures):
             raise ValueError(f"Expected finite figures >= 0, got {self}.")
         if (self.noise_stddev or self.noise_multiplier) and self.unit_noise is None:

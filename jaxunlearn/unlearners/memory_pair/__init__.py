@@ -210,7 +210,7 @@ def memory_pair(
 
     def run_from(runner, carry, log, reader, plan, *, on_cut=None, label="forgetting"):
         return records.run_log(
-            runner, *carry, log, reader,
+            runner, carry[0], carry[1], log, reader,
             start=plan.start, stop=plan.stop,
             segment_length=segment_length or records.default_segment_length(),
             cuts=plan.later if on_cut else (), on_cut=on_cut or (lambda *_: None),
@@ -273,7 +273,8 @@ def memory_pair(
             gone = bool(records.is_gone(opt_state.inner.curvature, twins, jnp.asarray(ids)))
             if gone:
                 measured["nothing_left"] = True
-                return _Deleted(*tree.copy((params, opt_state.inner)), checkpoints, measured)
+                params, inner = tree.copy((params, opt_state.inner))
+                return _Deleted(params, inner, checkpoints, measured)
         before = opt_state.record.num_deletions
         new, inner, norm, stddev, _ = correct(params, opt_state.inner, reader(ids), ids, before)
         if odometer is not None:
@@ -288,7 +289,8 @@ def memory_pair(
             return Forgotten(params, opt_state, info_of(ids, num_duplicates, begun))
         record, reader = opt_state.record, records.RowReader(data)
         plan = records.plan_deletion(record, ids)
-        retained = plan.kept.step_ids[plan.kept.step_ids >= 0]
+        kept_ids = np.asarray(plan.kept.step_ids)
+        retained = kept_ids[kept_ids >= 0]
         reader.prepare(retained, may_be_empty=True)
         check_loss_once(params, reader, retained)
         if mode == "replay":
