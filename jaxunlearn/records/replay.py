@@ -125,6 +125,15 @@ def make_segment(
         updates, inner = update(grads, inner, params, **extra)
         return optax.apply_updates(params, updates), inner, flags
 
+    return loop_over_steps(step)
+
+
+def loop_over_steps(step):
+    """A function (params, inner, segment, num_active) -> (params, inner, flags) of many steps.
+
+    step: (params, inner, row of the segment) -> (params, inner, `StepFlags`).
+    """
+
     def run(params, inner, segment: Segment, num_active) -> tuple[Params, PyTree, StepFlags]:
         length = segment.ids.shape[0]
         if length == 1:

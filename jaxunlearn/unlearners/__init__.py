@@ -1,6 +1,14 @@
 """One file per published method, each an `Unlearner` or an `ExactLearner`."""
 
+from jaxunlearn.unlearners.fixed_path import FixedPathRecord, fixed_path
 from jaxunlearn.unlearners.newton import NewtonRecord, newton
 from jaxunlearn.unlearners.replay import ReplayRecord, replay
 
-__all__ = ["NewtonRecord", "ReplayRecord", "newton", "replay"]
+__all__ = [
+    "FixedPathRecord",
+    "NewtonRecord",
+    "ReplayRecord",
+    "fixed_path",
+    "newton",
+    "replay",
+]

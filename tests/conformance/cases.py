@@ -46,6 +46,7 @@ class Case:
     crossed: is run with every transform of INSIDE; a mere variant runs with the plain one.
     operands: (run, forget) -> what `forget_step` takes to forget those ids from a `Trained`.
     before_noise: the parameters that a `Forgotten` had before noise.
+    spread: (params, state) -> the state in which a method looks for these parameters too.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     crossed: bool = True
     before_noise: Callable[[Any], Any] = lambda forgotten: forgotten.params
     oracle_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    spread: Callable[..., Any] = lambda params, state: state
 
 
 def run_as_segment(run: "Trained", forget) -> tuple:
@@ -81,6 +83,14 @@ def rows_at_once(run: "Trained", forget) -> tuple:
     return run.params, run.state, rows, ids, weights
 
 
+def along_the_path(params, state):
+    """The state as if the run had stood at `params` all along."""
+    path = jax.tree.map(
+        lambda leaf, p: jnp.broadcast_to(p, leaf.shape), state.record.path_params, params
+    )
+    return state._replace(record=state.record._replace(path_params=path))
+
+
 def iterate_of(forgotten):
     """The un-noised float64 iterate in the record."""
     words = forgotten.opt_state.record.iterate_words
@@ -98,10 +108,16 @@ REBUILD = {"rebuild": records.Rebuild(key=jax.random.key(11), batch_size=BATCH, 
 _replay = functools.partial(
     Case, factory=unlearners.replay, operands=run_as_segment, exact=True, has_max_steps=True
 )
+_fixed_path = functools.partial(
+    Case, factory=unlearners.fixed_path, operands=run_as_segment, has_max_steps=True,
+    spread=along_the_path,
+)  # fmt: skip
 CASES = [
     _replay("replay", options=REPLAY),
     _replay("replay-kept", options=REPLAY | KEPT, oracle_options=KEPT, crossed=False),
     Case("newton", unlearners.newton, NEWTON, rows_at_once, noisy=True, before_noise=iterate_of),
+    _fixed_path("fixed_path", options=REPLAY),
+    _fixed_path("fixed_path-kept", options=REPLAY | KEPT, crossed=False),
     Case(
         "newton-rebuild",
         unlearners.newton,
@@ -110,7 +126,7 @@ CASES = [
         noisy=True,
         before_noise=iterate_of,
         crossed=False,
-    ),  # fmt: skip
+    ),
 ]
 
 

@@ -35,7 +35,8 @@ def exploding(case):
     params, state, rows, ids, weights = operands(case, [3, 5])
     rows = jax.tree.map(np.array, rows)
     rows["x"][ids == cases.ids_of_step(0)[0]] = 1e22
-    return jax.tree.map(lambda leaf: 1e-3 * leaf, params), state, rows, ids, weights
+    params = jax.tree.map(lambda leaf: 1e-3 * leaf, params)
+    return params, case.spread(params, state), rows, ids, weights
 
 
 def assert_close(a, b, tolerance=1e-4):
