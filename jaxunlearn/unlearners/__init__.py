@@ -2,6 +2,7 @@
 
 from jaxunlearn.unlearners.fixed_path import FixedPathRecord, fixed_path
 from jaxunlearn.unlearners.newton import NewtonRecord, newton
+from jaxunlearn.unlearners.recollect import Recollector, RecollectRecord, recollect
 from jaxunlearn.unlearners.replay import ReplayRecord, replay
 
 __all__ = [
