@@ -39,6 +39,7 @@ from jaxunlearn.kernels.operators import (
 from jaxunlearn.kernels.per_example import per_example
 from jaxunlearn.kernels.precision import check_float64, narrowings
 from jaxunlearn.kernels.products import ggn_vp, ggn_vp_many, hvp, hvp_many
+from jaxunlearn.kernels.retained import CachedStep, Foretold, WeightedRows, retained_gradients
 from jaxunlearn.kernels.rowwise import example_keys, row_losses, takes_key
 from jaxunlearn.kernels.solves import (
     NystromApproximation,
@@ -61,7 +62,9 @@ from jaxunlearn.kernels.tangents import StateTangents, Tangents, TrackLeaves, st
 __all__ = [
     "AuxiliaryOutput",
     "BoundedSensitivityCallable",
+    "CachedStep",
     "Estimate",
+    "Foretold",
     "GradientInfo",
     "Likelihood",
     "LinearOperator",
@@ -73,6 +76,7 @@ __all__ = [
     "StateTangents",
     "Tangents",
     "TrackLeaves",
+    "WeightedRows",
     "bernoulli",
     "block_cg",
     "categorical",
@@ -113,6 +117,7 @@ __all__ = [
     "poisson",
     "refined",
     "removal_figures",
+    "retained_gradients",
     "row_losses",
     "spectral_radius",
     "state_tangents",

@@ -1,5 +1,13 @@
 """What several methods share: ids, participation, step log, checkpoints, rows, replay, oracle."""
 
+from jaxunlearn.records.cached_runs import (
+    CachedRun,
+    Retake,
+    check_cached_run,
+    check_logged_step,
+    make_cached_run,
+    plan_retake,
+)
 from jaxunlearn.records.checkpoints import (
     Checkpoints,
     drop_after,
@@ -9,6 +17,16 @@ from jaxunlearn.records.checkpoints import (
     read_slot,
     rewrite_slot,
     take_checkpoint,
+)
+from jaxunlearn.records.corrected import (
+    CorrectedSteps,
+    GoneRows,
+    StepRows,
+    StepsMet,
+    make_corrected,
+    make_corrected_segment,
+    reads_loss,
+    run_corrected,
 )
 from jaxunlearn.records.ids import bucket, show_ids, validate_ids
 from jaxunlearn.records.iterates import (
@@ -61,35 +79,53 @@ from jaxunlearn.records.replay import (
 from jaxunlearn.records.rows import AllRows, RowReader, all_rows
 from jaxunlearn.records.rules import as_driven, as_fresh, register_state
 from jaxunlearn.records.states import check_params, check_state, check_update
+from jaxunlearn.records.trajectory import (
+    Trajectory,
+    check_trajectory_bytes,
+    init_trajectory,
+    read_trajectory,
+    trajectory_bytes,
+    write_trajectory,
+)
 from jaxunlearn.records.units import Units
 
 __all__ = [
     "NOT_MEASURED",
     "AllRows",
     "Along",
+    "CachedRun",
     "Checkpoints",
-    "Participation",
+    "CorrectedSteps",
+    "GoneRows",
     "Lockstep",
+    "Participation",
     "Penalty",
     "Rebuild",
+    "Retake",
     "RowReader",
     "Segment",
     "Shadows",
     "Step",
     "StepFlags",
     "StepLog",
+    "StepRows",
+    "StepsMet",
+    "Trajectory",
     "Units",
     "all_rows",
     "as_driven",
     "as_fresh",
     "bucket",
     "bury",
+    "check_cached_run",
+    "check_logged_step",
     "check_num_examples",
     "check_params",
     "check_participation",
     "check_solution",
     "check_state",
     "check_status",
+    "check_trajectory_bytes",
     "check_update",
     "compare_replay",
     "default_segment_length",
@@ -102,20 +138,28 @@ __all__ = [
     "init_checkpoints",
     "init_log",
     "init_participation",
+    "init_trajectory",
     "last_iterate",
     "last_slot_before",
     "log_of",
     "loop_over_steps",
+    "make_cached_run",
+    "make_corrected",
+    "make_corrected_segment",
     "make_rebuild",
     "make_segment",
     "num_slots",
     "observe",
     "oracle",
     "pack_float64",
+    "plan_retake",
     "read_slot",
+    "read_trajectory",
+    "reads_loss",
     "rebuild",
     "register_state",
     "rewrite_slot",
+    "run_corrected",
     "run_log",
     "seen_ids",
     "set_settings",
@@ -123,6 +167,7 @@ __all__ = [
     "slice_log",
     "split",
     "take_checkpoint",
+    "trajectory_bytes",
     "unflatten",
     "unpack_float64",
     "validate_ids",
@@ -130,4 +175,5 @@ __all__ = [
     "without",
     "wrapped_update",
     "write_step",
+    "write_trajectory",
 ]

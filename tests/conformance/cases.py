@@ -74,6 +74,15 @@ def run_as_segment(run: "Trained", forget) -> tuple:
     return params, state, rows, ids, (ids >= 0).astype(np.float32)
 
 
+def run_with_the_rows(run: "Trained", forget) -> tuple:
+    """The same, with the rows to forget at weight zero: DeltaGrad subtracts their gradients."""
+    params, state, *_ = run_as_segment(run, ())
+    ids = np.stack([ids_of_step(t) for t in range(STEPS)])
+    rows, _ = run.problem.batch(ids)
+    weights = (ids >= 0) & ~np.isin(ids, forget)
+    return params, state, rows, ids, weights.astype(np.float32)
+
+
 def rows_at_once(run: "Trained", forget) -> tuple:
     """The trained state and all rows by id, -1 for those never trained on."""
     ids = np.arange(NUM_EXAMPLES, dtype=np.int32)
@@ -99,6 +108,7 @@ def iterate_of(forgotten):
 
 REPLAY = {"batch_size": BATCH, "max_steps": STEPS + 3, "num_checkpoints": 3}
 KEPT = {"normalizer": "kept"}
+DELTAGRAD = REPLAY | {"period": 2, "burn_in": 2}
 NEWTON = {
     "l2": 0.5,
     "noise_stddev": 10.0,
@@ -115,6 +125,7 @@ _fixed_path = functools.partial(
 CASES = [
     _replay("replay", options=REPLAY),
     _replay("replay-kept", options=REPLAY | KEPT, oracle_options=KEPT, crossed=False),
+    Case("deltagrad", unlearners.deltagrad, DELTAGRAD, run_with_the_rows, has_max_steps=True),
     Case("newton", unlearners.newton, NEWTON, rows_at_once, noisy=True, before_noise=iterate_of),
     _fixed_path("fixed_path", options=REPLAY),
     _fixed_path("fixed_path-kept", options=REPLAY | KEPT, crossed=False),
