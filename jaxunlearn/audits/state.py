@@ -1,0 +1,196 @@
+"""State alignment after Stewart 2026: how far a training state is from the counterfactual one.
+
+The four measures are those that the abstract of "Form and Function" (arXiv 2605.17590) names. Their
+formulas here are the project's own, since the paper's were not available when they were written.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Key, PyTree
+
+from jaxunlearn import tree
+from jaxunlearn.audits.intervals import Interval, mean_interval
+from jaxunlearn.audits.pairs import curvature_of, norm_distance
+from jaxunlearn.types import Batch, LossFn, Params, UnlearnerState
+
+TrainingState = tuple[Params, PyTree]
+Operator = Callable[[Params, PyTree, PyTree], PyTree]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateAlignment:
+    """Distances of a state to its counterfactual, relative to the latter; 0 where they agree.
+
+    parameter_error: ||w - w'|| / ||w'||.
+    memory_error: mean over probes v of ||H v - H' v|| / ||H' v||, H and H' the actions of the two
+      states on a vector, at the same parameters.
+    memory_norm_error: ||H - H'||_2 / ||H'||_2, over all vectors; None where no exact form is known.
+    carry_error: ||H 0 - H' 0|| / ||H' 0||, what the states do without a gradient: momentum. 0 for
+      L-BFGS, whose action is linear.
+    state_error: sqrt(a parameter_error^2 + b memory_error^2), (a, b) = `weights`.
+    update_error: mean over held-out batches of ||u - u'|| / ||u'||, u the next update of each
+      state from its own parameters; None without batches.
+    update_cosine: of u and u', the same mean.
+    operator: "inverse Hessian", "update" or "given".
+    """
+
+    parameter_error: float
+    memory_error: Interval
+    memory_norm_error: float | None
+    carry_error: float
+    state_error: float
+    weights: tuple[float, float]
+    update_error: Interval | None
+    update_cosine: Interval | None
+    operator: str
+    num_probes: int
+    num_batches: int
+
+
+def state_alignment(
+    actual: TrainingState, counterfactual: TrainingState, *, tx, loss_fn=None, **options
+) -> StateAlignment:
+    """`make_state_alignment(tx, loss_fn, **options)(actual, counterfactual)`, for a single use.
+
+    >>> tx, w = optax.sgd(1.0, momentum=0.5), jnp.ones(3)
+    >>> one = optax.tree.map_params(tx, lambda leaf: leaf + 1.0, tx.init(w))
+    >>> measured = state_alignment((w, tx.init(w)), (w, one), tx=tx, key=jax.random.key(0))
+    >>> measured.parameter_error, measured.carry_error
+    (0.0, 1.0)
+    """
+    return make_state_alignment(tx, loss_fn, **options)(actual, counterfactual)
+
+
+def make_state_alignment(
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn | None = None,
+    *,
+    key: Key[Array, ""],
+    batches: Sequence[Batch] = (),
+    l2: float = 0.0,
+    num_probes: int = 64,
+    probe_scale: float | None = None,
+    weights: tuple[float, float] = (1.0, 1.0),
+    operator: Operator | None = None,
+    confidence: float = 0.95,
+) -> Callable[[TrainingState, TrainingState], StateAlignment]:
+    """The four measures for the states of one optimizer, compiled once.
+
+    The action H of a state on a vector is, for a state with one L-BFGS memory (`optax.lbfgs`,
+    `kernels.lbfgs`), the inverse Hessian of its pairs. For any other it is
+    `tx.update(v, state, w')[0]`: for Adam and RMSProp the preconditioned step, for momentum v plus
+    the carry, at the counterfactual parameters w' for both states, so that the figure is of the
+    memory alone.
+
+    Args:
+      tx: whose states they are.
+      loss_fn: the mean over a batch, without a key; needed for held-out batches.
+      key: seeds the probes; the same key gives the same probes for every pair of states.
+      batches: held-out batches of one shape, for the update error.
+      l2: adds `l2 * params` to the gradients.
+      num_probes: Gaussian probes; their number is what the interval of `memory_error` is about.
+      probe_scale: standard deviation of their entries. None takes, leaf by leaf, the root mean
+        square of the counterfactual's held-out gradients, and 1 without batches. A probe much
+        larger than a gradient tells nothing of second moments: it drowns them.
+      weights: of the squares in `state_error`.
+      operator: (params, state, vector) -> vector instead of H, for a state that acts otherwise.
+      confidence: of the intervals.
+
+    Returns:
+      A function ((params, state), (params, state) of the counterfactual) -> `StateAlignment`.
+      States may be an `UnlearnerState`, whose record is not looked at.
+
+    Cost: 2 num_probes updates of `tx`, and two gradients and updates a batch; L-BFGS on the host,
+      4 m num_probes parameter counts of float64 work, and `kernels.lbfgs.operator_distance`.
+
+    References: the measures' names, Stewart 2026, arXiv 2605.17590, abstract; the formulas are not
+      the paper's.
+    """
+    if num_probes < 2:
+        raise ValueError(f"Expected num_probes={num_probes} >= 2, for an interval.")
+    if len(batches) and loss_fn is None:
+        raise ValueError("Expected loss_fn with batches: the update error needs gradients.")
+    if min(weights) < 0:
+        raise ValueError(f"Expected weights={weights} >= 0.")
+    plain = optax.with_extra_args_support(tx).update
+    act = jax.jit(operator or (lambda params, state, v: plain(v, state, params)[0]))
+    gradient = jax.jit(lambda p, b: jax.tree.map(_plus(l2), jax.grad(loss_fn)(p, b), p))  # type: ignore[arg-type]
+
+    def probes_like(params, gradients):
+        leaves, structure = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        squares = [[np.mean(np.square(leaf)) for leaf in jax.tree.leaves(g)] for g in gradients]
+        scales = np.sqrt(np.mean(squares, axis=0)) if squares else np.ones(len(leaves))
+        scales = np.where(scales > 0, scales, 1.0)
+        if probe_scale is not None:
+            scales = np.full(len(leaves), probe_scale)
+        draw = lambda k, leaf, scale: scale * jax.random.normal(k, (num_probes, *jnp.shape(leaf)))
+        stacks = [np.asarray(draw(*args)) for args in zip(keys, leaves, scales)]
+        row = lambda i: [s[i].astype(np.asarray(p).dtype) for s, p in zip(stacks, leaves)]
+        return [jax.tree.unflatten(structure, row(i)) for i in range(num_probes)]
+
+    def measure(actual: TrainingState, counterfactual: TrainingState) -> StateAlignment:
+        (params, state), (ideal, ideal_state) = map(_opened, (actual, counterfactual))
+        curves = [] if operator else [curvature_of(state), curvature_of(ideal_state)]
+        found = [c for c in curves if c and c.steps.shape[1] == tree.num_parameters(ideal)]
+        linear = len(found) == 2
+        if linear:
+            run = [lambda at, v, c=curve: c(_flat(v)[None])[0] for curve in found]
+        else:
+            run = [lambda at, v, s=one: _flat(act(at, s, v)) for one in (state, ideal_state)]
+        theirs = [gradient(ideal, batch) for batch in batches]
+        ours = [gradient(params, batch) for batch in batches]
+        probes = probes_like(ideal, theirs)
+        nothing = jax.tree.map(jnp.zeros_like, ideal)
+        memory = [_gap(run[0](ideal, v), run[1](ideal, v)) for v in probes]
+        moves = [(run[0](params, g), run[1](ideal, h)) for g, h in zip(ours, theirs)]
+        parameter_error = tree.relative_distance(params, ideal)
+        memory_error = mean_interval(memory, confidence=confidence)
+        summary = lambda of: mean_interval([of(*m) for m in moves], confidence=confidence)
+        return StateAlignment(
+            parameter_error=parameter_error,
+            memory_error=memory_error,
+            memory_norm_error=norm_distance(*found) if linear else None,
+            carry_error=_gap(run[0](ideal, nothing), run[1](ideal, nothing)),
+            state_error=float(
+                np.sqrt(weights[0] * parameter_error**2 + weights[1] * memory_error.value**2)
+            ),
+            weights=weights,
+            update_error=summary(_gap) if moves else None,
+            update_cosine=summary(_cosine) if moves else None,
+            operator="given" if operator else "inverse Hessian" if linear else "update",
+            num_probes=num_probes,
+            num_batches=len(batches),
+        )
+
+    return measure
+
+
+def _opened(pair: TrainingState) -> tuple[Params, PyTree]:
+    """(params, the optimizer's own state)."""
+    params, state = pair
+    return params, state.inner if isinstance(state, UnlearnerState) else state
+
+
+def _plus(l2: float):
+    return lambda g, p: g + l2 * p if l2 else g
+
+
+def _flat(vector: PyTree) -> np.ndarray:
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(vector)]
+    return np.concatenate(leaves)
+
+
+def _gap(found: np.ndarray, ideal: np.ndarray) -> float:
+    """||found - ideal|| / ||ideal||; 0 for two vectors of zeros, inf where only `ideal` is one."""
+    return tree.relative_distance(found, ideal)
+
+
+def _cosine(found: np.ndarray, ideal: np.ndarray) -> float:
+    lengths = np.linalg.norm(found) * np.linalg.norm(ideal)
+    return float(found @ ideal / lengths) if lengths > 0 else float(not np.any(found - ideal))
