@@ -69,6 +69,7 @@ def make_stream(
     mode: str,
     every: int,
     max_deletions: int | None = None,
+    keyed: bool = False,
 ) -> Stream:
     """A `Stream` of a method whose record has participation, log, checkpoints and num_deletions.
 
@@ -78,12 +79,15 @@ def make_stream(
         unless first order says that nothing is left.
       every: steps between candidate checkpoints.
       max_deletions: ids that may be deleted, or None.
+      keyed: whether the loss takes a key; such a stream is refused, since its events have none.
 
     Cost: an insert is one step; a deletion runs the ledger from the last checkpoint before the
       first use. The state holds every row: max_steps times the bytes of an event.
     """
 
     def init_stream(params, event):
+        if keyed:
+            raise ValueError("Expected a loss without a key: events carry none. Use update.")
         opt_state = init(params)
         length = opt_state.record.log.step_ids.shape[0]
         like = lambda leaf: jnp.zeros((length, *jnp.shape(leaf)), jnp.result_type(leaf))

@@ -126,7 +126,7 @@ def memory_pair(
     References: Stewart 2025, arXiv 2508.10193. Deviations: a ledger says who was inserted and who
       is gone; noise is calibrated by `accounting.DeletionOdometer`; see also `transforms`.
     """
-    _check_options(mode, normalizer, odometer, batch_size, max_steps, verify)
+    _check_options(mode, normalizer, paper, odometer, batch_size, max_steps, verify)
     records.check_num_examples(num_examples)
     options = {"learning_rate": learning_rate, "l2": l2} | dict(optimizer_options or {})
     tx = transforms.online_lbfgs(
@@ -350,12 +350,12 @@ def memory_pair(
     )
     stream = records.make_stream(
         init, learner, num_examples=num_examples, mode=mode, every=every,
-        max_deletions=None if odometer is None else odometer.max_deletions,
+        max_deletions=None if odometer is None else odometer.max_deletions, keyed=keyed,
     )  # fmt: skip
     return records.StreamUnlearner(init, update, forget, quote, forget_step, stream)
 
 
-def _check_options(mode, normalizer, odometer, batch_size, max_steps, verify):
+def _check_options(mode, normalizer, paper, odometer, batch_size, max_steps, verify):
     """Refuse a bad configuration at the factory."""
     if mode not in MODES:
         raise ValueError(f"Expected mode={mode!r} to be one of {', '.join(MODES)}.")
@@ -363,6 +363,8 @@ def _check_options(mode, normalizer, odometer, batch_size, max_steps, verify):
         raise ValueError(f'Expected normalizer={normalizer!r} to be "batch" or "kept".')
     if verify not in ("off", "report", "bitwise"):
         raise ValueError(f'Expected verify={verify!r} to be "off", "report" or "bitwise".')
+    if not isinstance(paper, transforms.PaperDeletion | None):
+        raise TypeError(f"Expected paper to be a transforms.PaperDeletion, got {paper!r:.80}.")
     if odometer is not None and mode != "paper":
         raise ValueError(
             f'Expected mode="paper" with an odometer, got {mode!r}: no noise is added.'
