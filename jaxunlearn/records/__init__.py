@@ -28,6 +28,15 @@ from jaxunlearn.records.corrected import (
     reads_loss,
     run_corrected,
 )
+from jaxunlearn.records.events import (
+    Event,
+    EventKind,
+    Outcome,
+    Stream,
+    StreamOutput,
+    StreamState,
+    StreamUnlearner,
+)
 from jaxunlearn.records.ids import bucket, show_ids, validate_ids
 from jaxunlearn.records.iterates import (
     check_solution,
@@ -49,6 +58,18 @@ from jaxunlearn.records.lockstep import (
     init_along,
 )
 from jaxunlearn.records.log import StepLog, get_settings, init_log, set_settings, write_step
+from jaxunlearn.records.online import (
+    DeletionPlan,
+    Twins,
+    make_online_segment,
+    make_online_step,
+    make_twin_segment,
+    make_twin_step,
+    plan_deletion,
+    relative_gap,
+    twins_of,
+    window_of,
+)
 from jaxunlearn.records.participation import (
     Participation,
     bury,
@@ -79,6 +100,7 @@ from jaxunlearn.records.replay import (
 from jaxunlearn.records.rows import AllRows, RowReader, all_rows
 from jaxunlearn.records.rules import as_driven, as_fresh, register_state
 from jaxunlearn.records.states import check_params, check_state, check_update
+from jaxunlearn.records.stream import Learner, is_gone, is_trusted, make_stream, moved_by
 from jaxunlearn.records.trajectory import (
     Trajectory,
     check_trajectory_bytes,
@@ -96,8 +118,13 @@ __all__ = [
     "CachedRun",
     "Checkpoints",
     "CorrectedSteps",
+    "DeletionPlan",
+    "Event",
+    "EventKind",
     "GoneRows",
+    "Learner",
     "Lockstep",
+    "Outcome",
     "Participation",
     "Penalty",
     "Rebuild",
@@ -110,7 +137,12 @@ __all__ = [
     "StepLog",
     "StepRows",
     "StepsMet",
+    "Stream",
+    "StreamOutput",
+    "StreamState",
+    "StreamUnlearner",
     "Trajectory",
+    "Twins",
     "Units",
     "all_rows",
     "as_driven",
@@ -139,6 +171,8 @@ __all__ = [
     "init_log",
     "init_participation",
     "init_trajectory",
+    "is_gone",
+    "is_trusted",
     "last_iterate",
     "last_slot_before",
     "log_of",
@@ -146,18 +180,26 @@ __all__ = [
     "make_cached_run",
     "make_corrected",
     "make_corrected_segment",
+    "make_online_segment",
+    "make_online_step",
     "make_rebuild",
     "make_segment",
+    "make_stream",
+    "make_twin_segment",
+    "make_twin_step",
+    "moved_by",
     "num_slots",
     "observe",
     "oracle",
     "pack_float64",
+    "plan_deletion",
     "plan_retake",
     "read_slot",
     "read_trajectory",
     "reads_loss",
     "rebuild",
     "register_state",
+    "relative_gap",
     "rewrite_slot",
     "run_corrected",
     "run_log",
@@ -168,10 +210,12 @@ __all__ = [
     "split",
     "take_checkpoint",
     "trajectory_bytes",
+    "twins_of",
     "unflatten",
     "unpack_float64",
     "validate_ids",
     "widen",
+    "window_of",
     "without",
     "wrapped_update",
     "write_step",
