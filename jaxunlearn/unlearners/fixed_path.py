@@ -123,7 +123,7 @@ def fixed_path(
         slots = records.num_slots(
             params, inner, num_checkpoints=num_checkpoints, max_bytes=max_checkpoint_bytes
         )
-        path = lambda leaf: jnp.zeros((max_steps, *jnp.shape(leaf)), jnp.result_type(leaf))
+        path = lambda leaf: jnp.array(jnp.broadcast_to(leaf, (max_steps, *leaf.shape)), copy=True)
         record = FixedPathRecord(
             participation=records.init_participation(num_examples),
             log=records.init_log(max_steps, batch_size, has_key=keyed, inner=inner),

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxunlearn import errors, kernels, records
+from jaxunlearn import errors, kernels, records, transforms
 from jaxunlearn.kernels import lbfgs
 from tests.compiled_once import compiled_once
 from tests.conformance import cases
@@ -65,10 +65,8 @@ def test_moments_are_those_of_an_optimizer_of_num_steps_steps_at_held_parameters
     state = remade(optax.scale_by_adam(B1, B2), data=spy, l2=L2)
     batches = np.array_split(np.array(spy.read), 3)  # 11 rows in batches of four at most
     assert sorted(spy.read) == RETAINED.tolist()
-    mean, square = np.zeros(6), np.zeros(6)
-    for t in range(STEPS):
-        g = gradient(flat_params(), batches[t % 3], L2)
-        mean, square = B1 * mean + (1 - B1) * g, B2 * square + (1 - B2) * g**2
+    g = np.array([gradient(flat_params(), batch, L2) for batch in batches])
+    mean, square = (1 - B1**STEPS) * np.mean(g, 0), (1 - B2**STEPS) * np.mean(g**2, 0)
     np.testing.assert_allclose(records.flatten(state.mu), mean, rtol=2e-5, atol=1e-7)
     np.testing.assert_allclose(records.flatten(state.nu), square, rtol=2e-5, atol=1e-7)
 
@@ -89,6 +87,17 @@ def test_what_stands_before_an_average_changes_what_it_is_fed():
     np.testing.assert_allclose(records.flatten(state.trace), expected, rtol=1e-5)
 
 
+def test_an_accumulator_between_two_steps_holds_the_mean_gradient():
+    tx = optax.MultiSteps(optax.trace(0.5), 4).gradient_transformation()
+    spy = Spy(RETAINED)
+    state = remade(tx, data=spy)
+    batches = np.array_split(np.array(spy.read), 3)
+    mean = np.mean([gradient(flat_params(), batch) for batch in batches], axis=0)
+    assert (int(state.gradient_step), int(state.mini_step)) == (1, 3)
+    np.testing.assert_allclose(records.flatten(state.inner_opt_state.trace), mean, rtol=1e-5)
+    np.testing.assert_allclose(records.flatten(state.acc_grads), mean, rtol=1e-5)
+
+
 def test_the_penalty_is_left_out_where_the_mask_says_so():
     mask = lambda params: jax.tree.map(lambda leaf: jnp.ndim(leaf) > 0, params)
     options = {"batch_size": 11, "num_batches": 1, "num_steps": 1, "l2": L2, "l2_mask": mask}
@@ -99,7 +108,7 @@ def test_the_penalty_is_left_out_where_the_mask_says_so():
 
 
 NESTED = ["chain", "masked", "multi_steps", "inject_hyperparams", "apply_if_finite"]
-REST = [inside.name for inside in cases.INSIDE if inside.name not in NESTED]
+REST = [inside.name for inside in cases.INSIDE if inside.name not in [*NESTED, "momentum"]]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +231,9 @@ def test_an_optax_lbfgs_with_room_for_all_directions_takes_the_newton_step_next(
     assert int(after.count) == 10
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 4, 9])
+@pytest.mark.parametrize(
+    "num_steps", [1, 9, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (2, 4))]
+)
 def test_an_optax_lbfgs_memory_holds_as_many_pairs_as_steps_have_made(num_steps):
     state = remade(optax.scale_by_lbfgs(memory_size=3), num_steps=num_steps, **WHOLE)
     held = np.flatnonzero(np.asarray(state.weights_memory))
@@ -240,6 +251,7 @@ def test_an_optax_lbfgs_memory_holds_as_many_pairs_as_steps_have_made(num_steps)
         assert np.isclose(float(state.weights_memory[slot]), 1 / (s @ y), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_masked_lbfgs_gets_the_curvature_of_its_own_block():
     tx = optax.masked(
         optax.scale_by_lbfgs(memory_size=5),
@@ -277,9 +289,8 @@ def test_a_memory_of_the_kernels_is_found_inside_any_state():
     assert np.all(np.asarray(state.memory.pair_owners) == -1)
 
 
+@pytest.mark.slow
 def test_online_lbfgs_of_the_library_is_known():
-    from jaxunlearn import transforms
-
     state = remade(
         transforms.online_lbfgs(cases.squared_error, memory_size=6), num_steps=9, **WHOLE
     )
@@ -298,6 +309,7 @@ def test_without_positive_curvature_a_memory_starts_afresh():
     assert differing(state, tx.init(cases.make_params())) == []
 
 
+@pytest.mark.slow
 def test_at_negative_curvature_no_later_pair_is_taken():
     """The first directions are convex ones; no pair has s'y <= 0."""
 
@@ -384,6 +396,7 @@ def test_what_makes_no_sense_is_refused(options, error, match):
         remade(optax.trace(0.9), **options)
 
 
+@pytest.mark.slow
 def test_counts_inside_multi_steps_are_those_of_the_steps_that_were_made():
     tx = optax.MultiSteps(optax.scale_by_lbfgs(memory_size=3), 2).gradient_transformation()
     state = remade(tx, num_steps=9)
