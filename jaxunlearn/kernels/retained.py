@@ -1,7 +1,7 @@
 """The gradient of the rows that stay: evaluated, or foretold from a cached one by L-BFGS."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,15 @@ def retained_gradients(
     References: Wu, Dobriban and Davidson 2020, "DeltaGrad", algorithm 1. Deviations: y is the
       change of the mean over the rows, without L2; a pair without positive curvature, or at the
       level of rounding, is not admitted; v = 0 needs no pair.
+
+    >>> half_square = lambda w, batch: jnp.mean(0.5 * (w - batch) ** 2)
+    >>> rows = lambda *values: WeightedRows(jnp.array(values), jnp.ones(len(values)))
+    >>> at_zero = CachedStep(jnp.array(0.0), jnp.array(-2.0), rows(1.0), rows(3.0), 1.0, None)
+    >>> evaluate, foretell = retained_gradients(half_square)
+    >>> _, _, pairs, _ = evaluate(jnp.array(0.5), lbfgs.init(jnp.array(0.0), 2), at_zero)
+    >>> gradient, told = foretell(jnp.array(0.25), pairs, at_zero._replace(kept=None))
+    >>> float(gradient), bool(told.trusted)
+    (-0.75, True)
     """
     gradient = weighted_grad(loss_fn, has_info=True)
     total = weighted_grad(loss_fn)
@@ -102,7 +111,7 @@ def retained_gradients(
         return jax.lax.cond(jnp.any(gone.row_weights > 0), evaluate, nothing, None)
 
     def evaluate(params, pairs, step: CachedStep):
-        kept = step.kept
+        kept: Any = step.kept
         found, info = gradient(
             params, kept.batch, kept.row_weights, num_rows=step.num_rows, keys=kept.row_keys
         )

@@ -92,10 +92,11 @@ def make_cached_run(steps: CorrectedSteps, loss_fn: LossFn, *, normalizer: str) 
         return params, inner
 
     def whole_step(log: StepLog, t: int, reader: RowReader):
-        ids = log.step_ids[t]
+        ids, keys = np.asarray(log.step_ids[t]), None
         num_rows = log.step_num_rows[t] if normalizer == "batch" else None
-        key = jax.random.wrap_key_data(jnp.asarray(log.step_keys[t])) if keyed else None
-        keys = kernels.example_keys(key, jnp.asarray(ids)) if keyed else None
+        if keyed:
+            key = jax.random.wrap_key_data(jnp.asarray(log.step_keys[t]))
+            keys = kernels.example_keys(key, jnp.asarray(ids))
         return reader(ids), (ids >= 0).astype(np.float32), num_rows, keys
 
     def check(run: CachedRun, retake: Retake, start, given, reader: RowReader, avoid) -> float:

@@ -13,7 +13,7 @@ from jaxunlearn import kernels, tree
 from jaxunlearn.progress import progress
 from jaxunlearn.records.checkpoints import Checkpoints, rewrite_slot
 from jaxunlearn.records.ids import bucket
-from jaxunlearn.records.log import StepLog, set_settings
+from jaxunlearn.records.log import AnyArray, StepLog, set_settings
 from jaxunlearn.records.replay import Penalty, wrapped_update
 from jaxunlearn.records.rows import RowReader
 from jaxunlearn.records.trajectory import Trajectory, read_trajectory, write_trajectory
@@ -33,14 +33,14 @@ class StepRows(NamedTuple):
     """
 
     kept_rows: Batch | None
-    kept_ids: Int[Array, "b"] | None
-    kept_weights: Float[Array, "b"] | None
+    kept_ids: Int[AnyArray, "b"] | None
+    kept_weights: Float[AnyArray, "b"] | None
     gone_rows: Batch
-    gone_ids: Int[Array, "k"]
-    gone_weights: Float[Array, "k"]
-    num_kept: Float[Array, ""]
-    num_scheduled: Int[Array, ""]
-    key_words: Array
+    gone_ids: Int[AnyArray, "k"]
+    gone_weights: Float[AnyArray, "k"]
+    num_kept: Float[AnyArray, ""] | np.floating
+    num_scheduled: Int[AnyArray, ""]
+    key_words: AnyArray
     settings: PyTree
 
 
@@ -131,8 +131,8 @@ def make_corrected(
             cached_gradient=gradient,
             kept=None if rows.kept_rows is None else weighted(*kept, words),
             gone=weighted(rows.gone_rows, rows.gone_ids, rows.gone_weights, words),
-            num_kept=rows.num_kept,
-            num_rows=rows.num_scheduled if normalizer == "batch" else None,
+            num_kept=jnp.asarray(rows.num_kept),
+            num_rows=jnp.asarray(rows.num_scheduled) if normalizer == "batch" else None,
         )
 
     def move(params, inner, pairs, grads, foretold, num_bad, **extra) -> Moved:
@@ -251,8 +251,11 @@ class GoneRows:
         gone_ids = np.full(self._width, -1, np.int32)
         gone_ids[: goes.sum()] = step_ids[goes]
         place = np.where(gone_ids >= 0, np.searchsorted(self._ids, gone_ids), 0)
+        has_kept = reader is not None
         return StepRows(
-            *((None, None, None) if reader is None else (reader(kept_ids), kept_ids, stays)),
+            kept_rows=reader(kept_ids) if reader is not None else None,
+            kept_ids=kept_ids if has_kept else None,
+            kept_weights=stays if has_kept else None,
             gone_rows=jax.tree.map(lambda leaf: leaf[place], self._rows),
             gone_ids=gone_ids,
             gone_weights=(gone_ids >= 0).astype(np.float32),

@@ -22,7 +22,6 @@ from jaxunlearn.types import (
 )
 
 PAPER = "Wu, Dobriban and Davidson 2020, DeltaGrad (ICML 2020, arXiv 2006.14755)"
-
 _RECOMPUTED = {"value", "grad", "value_fn"}
 
 
@@ -52,6 +51,7 @@ def deltagrad(
     max_steps: int,
     period: int = 5,
     burn_in: int = 10,
+    settle: int = 0,
     memory: int = 2,
     normalizer: str = "kept",
     l2: float | None = None,
@@ -80,18 +80,18 @@ def deltagrad(
       tx: the whole optimizer. One that reads the loss (a line search) takes exact steps only.
       loss_fn: `loss_fn(params, batch[, key])`, the mean of per-example losses, without L2.
       num_examples: ids are dense in 0..num_examples-1.
-      batch_size: the most rows a step may have.
-      max_steps: the most steps a run may have; log and trajectory are allocated for them.
+      batch_size, max_steps: the most rows of a step and steps of a run; both are allocated.
       period: every period-th step is exact, >= 1; with 1 all are: exact retraining.
       burn_in: exact steps from the first step that used a forgotten row on, >= 0.
+      settle: exact steps at the end, >= 0: the optimizer's state remembers the last gradients only.
       memory: pairs, >= 1.
-      normalizer: "kept" divides by the rows left, as in the paper, whose retraining runs on the
-        smaller data set; "batch" by the rows scheduled. Give the same to `oracle`.
+      normalizer: "kept" divides by the rows left, as retraining on the smaller data set (the
+        paper's) does; "batch" by the rows scheduled. Give the same to `oracle`.
       l2: adds `l2 * params` where `l2_mask` is true, at w' and so without error; None adds nothing.
       if_nonconvex: "exact" takes an exact step where the last pair had no positive curvature, or
         the correction is beyond the smoothness that the pairs measured; "ignore" trusts B always.
       storage: dtype of the cached gradients; None is that of the parameters. bfloat16 saves a
-        quarter, and its rounding (0.2 percent) exceeds the effect of rare rows.
+        quarter, and its rounding hides what pairs are made of, so that all steps become exact.
       max_bytes: refuse a larger trajectory before training; None allows any.
       num_checkpoints: copies of (params, inner state), to start from.
       verify: "report" runs the cached gradients through `tx` to the end and evaluates two of them,
@@ -117,17 +117,17 @@ def deltagrad(
       IdError, WrongStateError, MissingDataError, TrainingRecordError, CoupledLossError,
       VerificationError, NonFiniteError; inputs are untouched.
 
-    References: the paper above, algorithms 1 (full batch), 3 (mini-batches) and 4 (online), and its
-      appendix on networks for `if_nonconvex`. Deviations: burn-in counts from the first step that
-      used a forgotten row; L2 is outside B; a pair without positive curvature is not admitted; the
-      smoothness bound is 1.5 times the largest y'y / s'y of the pairs.
+    References: Wu et al. 2020: full batch, mini-batches, deletions one after another, and networks
+      (`if_nonconvex`). Deviations: burn-in counts from the first step that used a forgotten row; L2
+      is outside B; a pair without positive curvature, or at the level of rounding, is not admitted;
+      the smoothness bound is 1.5 times the largest y'y / s'y of the pairs.
     """
     _check_options(
         {"batch_size": batch_size, "max_steps": max_steps, "period": period, "memory": memory,
          "num_checkpoints": num_checkpoints},
         {"normalizer": (normalizer, ("kept", "batch")), "verify": (verify, ("report", "off")),
          "if_nonconvex": (if_nonconvex, ("exact", "ignore"))},
-        burn_in, l2, storage,
+        {"burn_in": burn_in, "settle": settle}, l2, storage,
     )  # fmt: skip
     records.check_num_examples(num_examples)
     keyed, all_exact = kernels.takes_key(loss_fn), period == 1
@@ -200,7 +200,8 @@ def deltagrad(
         carry = (params, state.inner, record.delta_pairs, record.trajectory, record.delta_first)
         always = all_exact or records.reads_loss(tx, params, state.inner)
         segment = records.make_corrected_segment(steps, is_due, always=always)
-        spoilt = window(log.step_non_finite)
+        num_logged = jnp.sum(log.step_num_rows >= 0)
+        spoilt = window(log.step_non_finite) | (cursor >= num_logged - settle)
         carry, told, bad = segment(carry, step_rows, spoilt, begin, active)
         new_params, inner, pairs, trajectory, first = carry
         failed = ~tree.all_finite(new_params)
@@ -242,6 +243,7 @@ def deltagrad(
         needs_loss = records.reads_loss(tx, params, opt_state.inner)
         retake = records.plan_retake(run, ids, stop, needs_loss=needs_loss)
         due = is_due(np.arange(stop - retake.first)) | needs_loss | all_exact
+        due |= np.arange(retake.first, stop) >= stop - settle
         return run, retake, due | log.step_non_finite[retake.first : stop]
 
     def check_loss_once(params, reader, retained):
@@ -259,7 +261,7 @@ def deltagrad(
         record, reader = opt_state.record, records.RowReader(data)
         run, retake, due = plan_of(params, opt_state, ids)
         kept_log = records.without(run.log, ids)
-        retained = kept_log.step_ids[kept_log.step_ids >= 0]
+        retained = np.asarray(kept_log.step_ids[kept_log.step_ids >= 0])
         reader.prepare(retained, may_be_empty=True)
         check_loss_once(params, reader, retained)
         start = tools.start_of(run, retake)
@@ -269,9 +271,7 @@ def deltagrad(
             distance = tools.check(run, retake, start, given, reader, avoid)
             records.check_cached_run(distance, verify_tolerance, run.trajectory, extras_seen)
             verified = {"verified": "within tolerance", "replay_distance": distance}
-        gone = records.GoneRows(
-            ids, run.log, reader, retake.first, retake.stop, wanted=not all_exact
-        )
+        gone = records.GoneRows(ids, run.log, reader, *retake[2:4], wanted=not all_exact)
         begin = (*start, kernels.lbfgs.init(params, memory), tree.copy(run.trajectory))
         (new_params, inner, _, trajectory), checkpoints, met = records.run_corrected(
             compiled, write, begin, gone, reader, due,
@@ -279,14 +279,14 @@ def deltagrad(
         )  # fmt: skip
         if not bool(tree.all_finite(new_params)):
             raise errors.NonFiniteError(
-                "The run without the forgotten rows gave parameters that are not finite; nothing "
-                "was released. It diverges, or its foretold steps do: lower period."
+                "The corrected run gave parameters that are not finite; nothing was released. It "
+                "diverges, or its foretold steps do: lower period."
             )
         figures = {"first_step": retake.first} | met.figures(due) | verified
         inner = records.set_settings(inner, records.get_settings(opt_state.inner))
-        new_params = tree.match_weak_types(new_params, params)
+        new_params, inner = tree.match_weak_types((new_params, inner), (params, opt_state.inner))
         new_state = UnlearnerState(
-            inner=tree.match_weak_types(inner, opt_state.inner),
+            inner=inner,
             record=_next_record(record, ids, kept_log, retake, trajectory, checkpoints, met),
         )
         certificate, salt = certificates.issue(
@@ -383,13 +383,12 @@ def _promise(figures, normalizer) -> dict[str, Any]:
     }
 
 
-def _check_options(positive, choices, burn_in, l2, storage) -> None:
+def _check_options(positive, choices, counts, l2, storage) -> None:
     """Refuse a bad configuration at the factory."""
-    for name, value in positive.items():
-        if isinstance(value, bool) or int(value) != value or value < 1:
-            raise ValueError(f"Expected an integer {name}={value} >= 1.")
-    if isinstance(burn_in, bool) or int(burn_in) != burn_in or burn_in < 0:
-        raise ValueError(f"Expected an integer burn_in={burn_in} >= 0.")
+    for name, value in (positive | counts).items():
+        least = int(name in positive)
+        if isinstance(value, bool) or int(value) != value or value < least:
+            raise ValueError(f"Expected an integer {name}={value} >= {least}.")
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"Expected {name} to be one of {allowed}, got {value!r}.")
