@@ -1,0 +1,1 @@
+"""The state-alignment benchmark: streams, optimizers, interventions, measures, questions."""
