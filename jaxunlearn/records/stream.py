@@ -50,15 +50,12 @@ class Learner(NamedTuple):
     correct: Callable
 
 
-class _Plan(NamedTuple):
-    """The range of the ledger that an event runs, and from where."""
+class _Span(NamedTuple):
+    """Steps of the ledger that an event runs, and the checkpoint that a deletion starts from."""
 
-    params: Params
-    opt_state: UnlearnerState
-    rows: PyTree
+    slot: Array
     start: Array
     stop: Array
-    output: StreamOutput
 
 
 def make_stream(
@@ -103,14 +100,14 @@ def make_stream(
         deletes = done & (kind == EventKind.DELETE)
         looks = (kind == EventKind.INSERT) | (kind == EventKind.PREDICT)
         loss = learner.loss(state.stream_params, event.event_rows, weights)
-        plan = _idle(state, outcome, jnp.where(looks, loss, 0))
-        branches = (
-            lambda plan: plan,
-            lambda plan: _plan_insert(plan, event, ids, num_examples),
-            lambda plan: _plan_deletion(plan, learner, mode, ids, num_examples),
-        )
-        plan = jax.lax.switch(inserts + 2 * deletes, branches, plan)
-        return _carry_out(plan, learner, every, deletes), plan.output
+        output = _no_output(outcome, jnp.where(looks, loss, 0))
+        state = _append(state, event, ids, inserts, num_examples)
+        span = _span_of(state.stream_opt_state.record, ids, inserts, deletes)
+        state, made, output = _delete(state, learner, mode, ids, deletes, span, output)
+        gone = jnp.where(made, ids, -1)
+        runs = span._replace(start=jnp.where(inserts | made, span.start, span.stop))
+        exact = mode == "replay"
+        return _run_ledger(state, learner, every, gone, inserts, runs, exact), output
 
     return Stream(init_stream, step)
 
@@ -133,85 +130,103 @@ def _judge(record, kind, ids, num_examples, max_deletions) -> Array:
     return jnp.where(refused, int(Outcome.REFUSED), outcome).astype(jnp.int32)
 
 
-def _idle(state: StreamState, outcome, loss) -> _Plan:
-    """Nothing to run."""
-    zero = jnp.zeros((), jnp.int32)
+def _no_output(outcome, loss) -> StreamOutput:
+    """What an event says that does nothing but look."""
     wide = jnp.promote_types(loss.dtype, jnp.float32)
     none = jnp.zeros((), wide)
-    output = StreamOutput(outcome, loss.astype(wide), zero, none, none, none)
-    return _Plan(*state, zero, zero, output)
+    return StreamOutput(outcome, loss.astype(wide), jnp.zeros((), jnp.int32), none, none, none)
 
 
-def _plan_insert(plan: _Plan, event: Event, ids, num_examples: int) -> _Plan:
-    """The row appended to the ledger, and its one step to run."""
-    record = plan.opt_state.record
-    at = record.participation.num_steps
-    log = write_step(
-        record.log, at, ids=ids, key=None, settings=record.log.step_settings,
-        non_finite=jnp.zeros((), bool),
-    )  # fmt: skip
-    record = record._replace(
-        participation=observe(record.participation, ids, num_examples), log=log
+def _append(state: StreamState, event: Event, ids, inserts, num_examples: int) -> StreamState:
+    """An insert's row in the ledger, written in place; any other event writes beyond its end."""
+    record = state.stream_opt_state.record
+    old, length = record.participation, record.log.step_ids.shape[0]
+    at = jnp.where(inserts, old.num_steps, length)
+    log = write_step(record.log, at, ids=ids, key=None, settings={}, non_finite=jnp.zeros((), bool))
+    new = observe(old, jnp.where(inserts, ids, -1), num_examples)
+    participation = new._replace(
+        num_steps=jnp.where(inserts, new.num_steps, old.num_steps),
+        num_steps_with_ids=jnp.where(inserts, new.num_steps_with_ids, old.num_steps_with_ids),
     )
-    put = lambda leaf, new: leaf.at[at].set(jnp.asarray(new, leaf.dtype), mode="drop")
-    return plan._replace(
-        opt_state=plan.opt_state._replace(record=record),
-        rows=jax.tree.map(put, plan.rows, event.event_rows),
-        start=at,
-        stop=at + 1,
+    put = lambda leaf, row: leaf.at[at].set(jnp.asarray(row, leaf.dtype), mode="drop")
+    record = record._replace(participation=participation, log=log)
+    return StreamState(
+        state.stream_params,
+        state.stream_opt_state._replace(record=record),
+        jax.tree.map(put, state.stream_rows, event.event_rows),
     )
 
 
-def _plan_deletion(plan: _Plan, learner: Learner, mode: str, ids, num_examples: int) -> _Plan:
-    """The ids out of the ledger; exact: a replay to run; else the correction made here."""
-    record = plan.opt_state.record
+def _span_of(record, ids, inserts, deletes) -> _Span:
+    """One step for an insert; everything since the checkpoint before the rows for a deletion."""
     stop = record.participation.num_steps
-    uses = jnp.any(record.log.step_ids[..., None] == jnp.where(ids >= 0, ids, -2), axis=-1)
-    slot, start = _slot_before(record.checkpoints, jnp.argmax(jnp.any(uses, axis=1)))
-    cleaned = record._replace(
-        participation=bury_traced(record.participation, ids),
-        log=record.log._replace(step_ids=jnp.where(uses, -1, record.log.step_ids)),
-        checkpoints=drop_after(record.checkpoints, start),
-        num_deletions=record.num_deletions + _count(ids),
+
+    def for_deletion(log, checkpoints):
+        slot, start = _slot_before(checkpoints, jnp.argmax(jnp.any(_uses(log, ids), axis=1)))
+        return _Span(slot.astype(jnp.int32), start, stop)
+
+    otherwise = _Span(jnp.zeros((), jnp.int32), stop - inserts.astype(jnp.int32), stop)
+    return jax.lax.cond(
+        deletes, for_deletion, lambda log, checkpoints: otherwise, record.log, record.checkpoints
     )
-    erase = lambda leaf: jnp.where(uses.reshape(uses.shape + (1,) * (leaf.ndim - 2)), 0, leaf)
-    rows = jax.tree.map(erase, plan.rows)
-    before = read_slot(record.checkpoints, slot)  # type: ignore[arg-type]
-    if mode == "replay":
-        params, inner = before
-        output = plan.output._replace(num_replayed=stop - start)
-        return _Plan(params, UnlearnerState(inner, cleaned), rows, start, stop, output)
-
-    output, twins = plan.output, None
-    if learner.twin is not None:
-        twins = _run_twins(learner.twin, before, plan, uses, start, stop)
-        influence = relative_gap(twins.other_params, twins.params).astype(output.influence.dtype)
-        output = output._replace(num_replayed=stop - start, influence=influence)
-    by = _by_tangent if mode == "tangent" else _by_correction
-    params, inner, output, made = by(learner, plan, twins, ids, output)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(made, n, o), new, old)
-    state = UnlearnerState(inner, keep(cleaned, record))
-    return _Plan(params, state, keep(rows, plan.rows), stop, stop, output)
 
 
-def _by_tangent(learner: Learner, plan: _Plan, twins, ids, output: StreamOutput):
+def _delete(state, learner: Learner, mode: str, ids, deletes, span: _Span, output: StreamOutput):
+    """(state, made, output): where a replay starts, or the model corrected; the ids are noted."""
+    params, inner = state.stream_params, state.stream_opt_state.inner
+    record = state.stream_opt_state.record
+
+    def by_replay():
+        before = read_slot(record.checkpoints, span.slot)  # type: ignore[arg-type]
+        return *before, output._replace(num_replayed=span.stop - span.start), jnp.ones((), bool)
+
+    def by_correction():
+        twins, told = None, output
+        if learner.twin is not None:
+            twins = _run_twins(learner.twin, state, ids, span)
+            influence = relative_gap(twins.other_params, twins.params)
+            told = told._replace(
+                num_replayed=span.stop - span.start,
+                influence=influence.astype(told.influence.dtype),
+            )
+        by = _by_tangent if mode == "tangent" else _by_correction
+        return by(learner, state, twins, ids, told)
+
+    params, inner, output, made = jax.lax.cond(
+        deletes,
+        by_replay if mode == "replay" else by_correction,
+        lambda: (params, inner, output, jnp.zeros((), bool)),
+    )
+    gone = jnp.where(made, ids, -1)
+    record = record._replace(
+        participation=bury_traced(record.participation, gone),
+        checkpoints=jax.lax.cond(
+            made, lambda c: drop_after(c, span.start), lambda c: c, record.checkpoints
+        ),
+        num_deletions=record.num_deletions + _count(gone),
+    )
+    state = StreamState(params, UnlearnerState(inner, record), state.stream_rows)
+    return state, made, output
+
+
+def _by_tangent(learner: Learner, state: StreamState, twins, ids, output: StreamOutput):
     """(params, inner, output, made): moved as the linearised run is, where it can be trusted."""
     made = is_trusted(twins)
-    old = plan.params, plan.opt_state.inner
+    old = state.stream_params, state.stream_opt_state.inner
     new = moved_by(*old, twins)
     params, inner = jax.tree.map(lambda n, o: jnp.where(made, n, o), new, old)
     code = jnp.where(made, int(Outcome.DONE), int(Outcome.UNTRUSTED)).astype(jnp.int32)
     return params, inner, output._replace(outcome=code), made
 
 
-def _by_correction(learner: Learner, plan: _Plan, twins, ids, output: StreamOutput):
+def _by_correction(learner: Learner, state: StreamState, twins, ids, output: StreamOutput):
     """The same by `learner.correct` at the current state, unless nothing is left of the rows."""
-    params, inner = plan.params, plan.opt_state.inner
-    rows = rows_of(plan.rows, plan.opt_state.record.log, ids)
-    before = plan.opt_state.record.num_deletions
+    params, inner = state.stream_params, state.stream_opt_state.inner
+    record = state.stream_opt_state.record
+    rows = rows_of(state.stream_rows, record.log, ids)
 
     def correct():
-        given = (params, inner, rows, ids, before)
+        given = (params, inner, rows, ids, record.num_deletions)
         new_params, new_inner, step_norm, stddev, fits = learner.correct(*given)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(fits, n, o), new, old)
         code = jnp.where(fits, int(Outcome.DONE), int(Outcome.EXHAUSTED)).astype(jnp.int32)
@@ -247,36 +262,62 @@ def moved_by(params: Params, inner, twins: Twins) -> tuple[Params, Any]:
     return moved, same
 
 
-def _run_twins(twin: Callable, start_state, plan: _Plan, uses, start, stop) -> Twins:
-    """Both runs over steps start .. stop - 1 of the ledger, as it was before the deletion."""
-    log = plan.opt_state.record.log
+def _run_twins(twin: Callable, state: StreamState, ids, span: _Span) -> Twins:
+    """Both runs over the ledger as it is before the deletion."""
+    record = state.stream_opt_state.record
 
     def body(i, twins):
-        row = _row_at(log, plan.rows, i)
-        return twin(twins, row, jnp.where(uses[i], 0, row.weights))
+        row = _row_at(record.log, state.stream_rows, i)
+        leaves = jnp.any(row.ids[:, None] == jnp.where(ids >= 0, ids, -2), axis=1)
+        return twin(twins, row, jnp.where(leaves, 0, row.weights))
 
-    return jax.lax.fori_loop(start, stop, body, twins_of(*start_state))
+    begin = twins_of(*read_slot(record.checkpoints, span.slot))  # type: ignore[arg-type]
+    return jax.lax.fori_loop(span.start, span.stop, body, begin)
 
 
-def _carry_out(plan: _Plan, learner: Learner, every: int, deletes) -> StreamState:
-    """The planned range, one step after another, checkpoints included."""
-    record = plan.opt_state.record
-    log, rows = record.log, plan.rows
+def _run_ledger(
+    state: StreamState, learner: Learner, every: int, gone, inserts, span: _Span, exact: bool
+) -> StreamState:
+    """Steps of the ledger one after another: those gone erased, then run, checkpoints included.
 
-    def body(i, carry):
+    Where deletions are not `exact`, they only erase.
+    """
+    record = state.stream_opt_state.record
+
+    def advance(i, log, rows, carry):
         params, inner, checkpoints = carry
-        fresh = ~(deletes & (i == plan.start))
+        fresh = inserts | (i > span.start)
         take = lambda c: take_checkpoint(c, i, params, inner, every=every)
         checkpoints = jax.lax.cond(fresh, take, lambda c: c, checkpoints)
         params, inner, _ = learner.step(params, inner, _row_at(log, rows, i))
         return params, inner, checkpoints
 
-    carry = (plan.params, plan.opt_state.inner, record.checkpoints)
-    params, inner, checkpoints = jax.lax.fori_loop(plan.start, plan.stop, body, carry)
+    def body(i, carry):
+        step_ids, rows, learned = carry
+        leaves = jnp.any(step_ids[i][:, None] == jnp.where(gone >= 0, gone, -2), axis=1)
+        step_ids = step_ids.at[i].set(jnp.where(leaves, -1, step_ids[i]))
+        mask = lambda leaf: leaves.reshape(-1, *(1,) * (leaf.ndim - 2))
+        rows = jax.tree.map(lambda x: x.at[i].set(jnp.where(mask(x), 0, x[i])), rows)
+        log = record.log._replace(step_ids=step_ids)
+        if exact:
+            learned = advance(i, log, rows, learned)
+        else:
+            run = lambda c: advance(i, log, rows, c)
+            learned = jax.lax.cond(inserts, run, lambda c: c, learned)
+        return step_ids, rows, learned
+
+    learned = state.stream_params, state.stream_opt_state.inner, record.checkpoints
+    carry = (record.log.step_ids, state.stream_rows, learned)
+    step_ids, rows, (params, inner, checkpoints) = jax.lax.fori_loop(
+        span.start, span.stop, body, carry
+    )
     bad = jnp.where(tree.all_finite(params), 0, int(Status.NON_FINITE)).astype(jnp.int32)
     participation = record.participation
-    participation = participation._replace(status=participation.status | bad)
-    record = record._replace(participation=participation, checkpoints=checkpoints)
+    record = record._replace(
+        participation=participation._replace(status=participation.status | bad),
+        log=record.log._replace(step_ids=step_ids),
+        checkpoints=checkpoints,
+    )
     return StreamState(params, UnlearnerState(inner, record), rows)
 
 
@@ -291,6 +332,11 @@ def _row_at(log: StepLog, rows: PyTree, i) -> Segment:
         keys=log.step_keys[i],
         settings={},
     )
+
+
+def _uses(log: StepLog, ids) -> Bool[Array, "steps b"]:
+    """Where the ledger uses any of the ids."""
+    return jnp.any(log.step_ids[..., None] == jnp.where(ids >= 0, ids, -2), axis=-1)
 
 
 def rows_of(rows: PyTree, log: StepLog, ids) -> Batch:

@@ -230,3 +230,31 @@ def test_a_step_beyond_the_sensitivity_is_exhaustion_too():
     before, _ = run(streams.inserts(), "paper", **changes)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("mode", ["replay", "paper"])
+def test_an_event_needs_no_second_copy_of_the_ledger(mode):
+    made = streams.unlearner(mode, max_steps=50_000, num_examples=100_000)
+    event = jax.tree.map(lambda leaf: leaf[0], events_of(streams.inserts(), DATA))
+    state = made.stream.init(streams.start(), event)
+    ledger = state.stream_rows, state.stream_opt_state.record.log.step_ids
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(ledger))
+    compiled = jax.jit(made.stream.step, donate_argnums=0).lower(state, event).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= num_bytes
+    assert memory.temp_size_in_bytes < 0.2 * num_bytes
+
+
+def test_it_survives_donation_event_by_event():
+    made = streams.unlearner()
+    script = [*streams.inserts(6), (DELETE, [5])]
+    events = events_of(script, DATA)
+    step = jax.jit(made.stream.step, donate_argnums=0)
+    state = made.stream.init(streams.start(), jax.tree.map(lambda leaf: leaf[0], events))
+    for t in range(len(script)):
+        state, output = step(state, jax.tree.map(lambda leaf, t=t: leaf[t], events))
+        assert int(output.outcome) == Outcome.DONE
+    assert step._cache_size() == 1
+    scanned, _ = run(script)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(scanned), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
