@@ -10,70 +10,81 @@ from jaxunlearn.kernels import _cpu
 Tangents = tuple[Array, ...]
 """One stack (num_units, *leaf.shape) a tracked leaf: of the parameters, then of the state."""
 
-CACHE_BYTES = 1 << 21
+CACHE_BYTES = 1 << 20
 """On CPU a chunk of tangents has at most this many bytes: it is read and written in cache."""
 
 ACCELERATOR_BYTES = 1 << 28
 """Elsewhere."""
 
 
-def units_in_cache(tangents: Tangents) -> int:
-    """As many tangents as stay in cache, at least one."""
-    size = sum(leaf[0].size * max(4, leaf.dtype.itemsize) for leaf in tangents)
+def block_size(tangents: Tangents, units_at_once: int | None) -> int:
+    """Rows of a stack that go side by side: what was asked for, or as many as stay in cache."""
+    if units_at_once is not None:
+        return units_at_once
+    size = sum(leaf.size // leaf.shape[0] * max(4, leaf.dtype.itemsize) for leaf in tangents)
     room = CACHE_BYTES if _cpu.on_cpu() else ACCELERATOR_BYTES
     return max(1, room // max(1, size))
+
+
+def padded_units(num_units: int, at_once: int) -> int:
+    """`num_units`, rounded up to whole blocks, each with the same share of every device."""
+    if at_once >= num_units:
+        return num_units
+    num_devices = jax.device_count()
+    blocks = -(-num_units // (at_once * num_devices))
+    return blocks * num_devices * -(-num_units // (blocks * num_devices))
 
 
 def in_blocks(function, stacks: Tangents, live, carried: Tangents, at_once: int):
     """`function` of blocks of the stacks, each written where it was read; and `carried`, unchanged.
 
-    `carried` was read from the stacks: it goes through the loop, so that it is read before they
-    change. On several devices a block takes its part of every shard: slicing moves nothing.
+    A block takes its part of every shard, so that nothing moves between devices. It is written in
+    the iteration after the one that reads it: written in the same one, XLA on CPU would compute
+    some leaves from stacks that others have already overwritten, and copies whole stacks to be
+    safe. `carried` was read from the stacks: it goes through the loop, to be read before they
+    change.
     """
-    num_units, num_devices = stacks[0].shape[0], jax.device_count()
-    if at_once >= num_units:
+    num_units, num_shards = stacks[0].shape[0], jax.device_count()
+    num_blocks = _num_blocks(num_units, at_once)
+    if num_blocks == 1:
         return function(stacks, live), carried
-    if num_devices > 1 and num_units % num_devices == 0:
-        per_device = num_units // num_devices
-        block = max(size for size in range(1, at_once + 1) if per_device % size == 0)
-        return _strided(function, stacks, live, carried, block * num_devices)
+    if num_units % (num_blocks * num_shards):
+        num_shards = 1
+    rows = num_units // num_blocks
 
-    def body(start, size, stacks):
-        take = lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size)
-        new = function(jax.tree.map(take, stacks), jax.tree.map(take, live))
-        return tuple(
-            lax.dynamic_update_slice_in_dim(leaf, part, start, 0) for leaf, part in zip(stacks, new)
-        )
+    def fold(leaf):
+        return leaf.reshape(num_shards, num_blocks, rows // num_shards, *leaf.shape[1:])
 
-    def step(i, carry):
-        stacks, carried = carry
-        return body(i * at_once, at_once, stacks), _touched(carried, i)
+    def take(i, leaf):
+        block = lax.dynamic_index_in_dim(leaf, i, axis=1, keepdims=False)
+        return block.reshape(rows, *leaf.shape[3:])
 
-    blocks, rest = divmod(num_units, at_once)
-    stacks, carried = lax.fori_loop(0, blocks, step, (stacks, carried))
-    return (body(blocks * at_once, rest, stacks) if rest else stacks), carried
-
-
-def _strided(function, stacks, live, carried, at_once: int):
-    """Block i takes the slots i, i + n, i + 2n, ...: some of every shard."""
-    num_units = stacks[0].shape[0]
-    num_blocks = num_units // at_once
-    fold = lambda leaf: leaf.reshape(at_once, num_blocks, *leaf.shape[1:])
-    folded = jax.tree.map(fold, live)
+    def put(i, leaf, part):
+        part = part.reshape(leaf.shape[0], *leaf.shape[2:])
+        return lax.dynamic_update_index_in_dim(leaf, part, i, axis=1)
 
     def body(i, carry):
-        stacks, carried = carry
-        take = lambda leaf: lax.dynamic_index_in_dim(leaf, i, axis=1, keepdims=False)
-        new = function(jax.tree.map(take, stacks), jax.tree.map(take, folded))
-        stacks = tuple(
-            lax.dynamic_update_index_in_dim(leaf, part, i, axis=1)
-            for leaf, part in zip(stacks, new)
-        )
-        return stacks, _touched(carried, i)
+        views, last, carried = carry
+        views = tuple(put(jnp.maximum(i - 1, 0), leaf, part) for leaf, part in zip(views, last))
+
+        def ahead():
+            block = tuple(take(i, leaf) for leaf in views)
+            return function(block, None if live is None else take(i, fold(live)))
+
+        return views, lax.cond(i < num_blocks, ahead, lambda: last), _touched(carried, i)
 
     views = tuple(map(fold, stacks))
-    views, carried = lax.fori_loop(0, num_blocks, body, (views, carried))
-    return tuple(leaf.reshape(num_units, *leaf.shape[2:]) for leaf in views), carried
+    first = tuple(take(0, leaf) for leaf in views)
+    views, _, carried = lax.fori_loop(0, num_blocks + 1, body, (views, first, carried))
+    return tuple(leaf.reshape(num_units, *leaf.shape[3:]) for leaf in views), carried
+
+
+def _num_blocks(num_units: int, at_once: int) -> int:
+    """How many blocks of at most `at_once` rows a device there are: the smallest that fits."""
+    if at_once >= num_units:
+        return 1
+    least = -(-num_units // (at_once * jax.device_count()))
+    return next(count for count in range(least, num_units + 1) if num_units % count == 0)
 
 
 def _touched(carried: Tangents, i) -> Tangents:

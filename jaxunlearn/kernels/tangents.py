@@ -14,7 +14,13 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxunlearn.kernels import _cpu
-from jaxunlearn.kernels._blocks import Tangents, in_blocks, over_rows, units_in_cache
+from jaxunlearn.kernels._blocks import (
+    Tangents,
+    block_size,
+    in_blocks,
+    over_rows,
+    padded_units,
+)
 from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
 from jaxunlearn.kernels._tracked import Tracked, TrackLeaves, widened
 from jaxunlearn.kernels.rowwise import (
@@ -83,12 +89,13 @@ def state_tangents(
     Returns:
       Four pure functions, for use under `jit` (with the stacks donated), `lax.scan`, and with the
       stacks sharded over units:
-      init(params, inner, *, num_units) -> stacks of zeros.
+      init(params, inner, *, num_units) -> stacks of zeros, (rows, *leaf.shape) each, with a row for
+        each unit and a few more to fill up the last block.
       step(tangents, params, inner, grads, batch, weights, slots, *, num_rows=None, keys=None,
         live=None) -> tangents after the step that starts at (params, inner) with `grads`.
-        slots: (B,) int, the slot of each row's unit; outside 0..num_units-1 is nobody's.
+        slots: (B,) int, the stacks' row of each example's unit; -1 is nobody's.
         num_rows: the divisor N of "batch", None: sum(weights). "kept" takes sum(weights).
-        live: (num_units,) bool; tangents of the others become zero.
+        live: (rows,) bool; tangents of the others become zero.
         Rows of weight zero and rows that are not finite count as in `weighted_grad`.
       add(params, inner, tangents, slots, amounts) -> (params, inner) + sum_j amounts[j] tangent of
         slots[j]; slots out of range add nothing.
@@ -115,13 +122,13 @@ def state_tangents(
     losses_of = row_losses(loss_fn)
 
     def init(params: Params, inner: PyTree, *, num_units: int) -> Tangents:
-        tracked = Tracked.of(params, inner, track_leaves)
-
-        def zeros(leaf):
-            dtype = storage_dtype or jnp.promote_types(leaf.dtype, jnp.float32)
-            return jnp.zeros((num_units, *leaf.shape), dtype)
-
-        return tuple(map(zeros, tracked.take(params, inner)))
+        leaves = Tracked.of(params, inner, track_leaves).take(params, inner)
+        dtypes = [storage_dtype or jnp.promote_types(x.dtype, jnp.float32) for x in leaves]
+        one = tuple(
+            jax.ShapeDtypeStruct((1, *leaf.shape), dtype) for leaf, dtype in zip(leaves, dtypes)
+        )
+        rows = padded_units(num_units, block_size(one, units_at_once))
+        return tuple(jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype) for leaf in one)
 
     def step(
         tangents,
@@ -150,7 +157,7 @@ def state_tangents(
         with jax.default_matmul_precision("highest"):
             point = _linearised_update(apply, tracked, params, inner, grads)
             rows = _Rows.of(losses_of, tracked, params, batch, weights, slots, num_rows, keys)
-            total = units_at_once or units_in_cache(tangents)
+            total = block_size(tangents, units_at_once)
             options = recursion == "leave_one_out", normalizer == "kept"
             if tangents[0].shape[0] <= FEW_UNITS:
                 return _few(point, rows, tangents, live, *options)

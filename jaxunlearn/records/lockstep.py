@@ -19,22 +19,22 @@ from jaxunlearn.records.replay import Penalty, Segment, StepFlags, wrapped_updat
 from jaxunlearn.types import Batch, LossFn, Params
 
 NOT_MEASURED = -1.0
+NOT_DRAWN, ENDED = -1, -2
 
 
 class Shadows(NamedTuple):
     """Shadow runs, and the figure they give.
 
-    shadow_units: the unit each one leaves out, -1 until it is drawn.
+    shadow_units: the unit each one leaves out; -1 until the first batch with a tracked unit, from
+      which it is drawn, and -2 after a deletion, which ends all shadows and leaves their figure.
     shadow_states: (params, inner) of each.
     linearity: relative error of the predicted change, in parameters and in optimizer state, the
       largest of all shadows; -1 where nothing was measured.
-    linearity_before: the same at the last deletion, which ended the shadows of then.
     """
 
     shadow_units: Int[Array, " shadows"]
     shadow_states: tuple[tuple[Params, PyTree], ...]
     linearity: Float[Array, "2"]
-    linearity_before: Float[Array, "2"]
 
 
 class Along(NamedTuple):
@@ -45,7 +45,7 @@ class Along(NamedTuple):
     shadows: Shadows
 
 
-class Step(NamedTuple):
+class TracedStep(NamedTuple):
     """One step's rows. slots: of each row's unit; units: of each row, -1 for none.
 
     drawable: rows whose unit a new shadow may leave out.
@@ -63,27 +63,24 @@ class Step(NamedTuple):
 def init_along(tangents: kernels.Tangents, params, inner, *, num_shadows: int) -> Along:
     """Zero tangents, no shadow drawn."""
     copies = tuple(tree.copy((params, inner)) for _ in range(num_shadows))
-    nothing = lambda: jnp.full((2,), NOT_MEASURED, jnp.float32)
     return Along(
         tangents=tangents,
         slot_is_live=jnp.ones((tangents[0].shape[0],), bool),
         shadows=Shadows(
-            shadow_units=jnp.full((num_shadows or 1,), -1, jnp.int32),
+            shadow_units=jnp.full((num_shadows or 1,), NOT_DRAWN, jnp.int32),
             shadow_states=copies,
-            linearity=nothing(),
-            linearity_before=nothing(),
+            linearity=jnp.full((2,), NOT_MEASURED, jnp.float32),
         ),
     )
 
 
 def end_shadows(shadows: Shadows) -> Shadows:
-    """No shadow drawn, and nothing left of those there were but their figure."""
+    """Nothing left of the shadows but their figure: they were trained on what is forgotten."""
     zero = lambda leaf: jnp.zeros_like(leaf) if tree.is_inexact(leaf) else leaf
     return Shadows(
-        shadow_units=jnp.full_like(shadows.shadow_units, -1),
+        shadow_units=jnp.full_like(shadows.shadow_units, ENDED),
         shadow_states=jax.tree.map(zero, shadows.shadow_states),
         linearity=shadows.linearity,
-        linearity_before=shadows.linearity,
     )
 
 
@@ -154,17 +151,17 @@ class Lockstep:
                 return True
             return bool(tree.all_finite(moved))
 
-    def gradient(self, params, step: Step):
+    def gradient(self, params, step: TracedStep):
         """The training gradient, what it met, and the arguments that `tx.update` may want."""
         options = {"num_rows": None if self._is_kept else step.num_rows, "keys": step.keys}
         grads, info = self._gradient(params, step.rows, step.weights, **options)
         value_fn = lambda p: self._value(p, step.rows, step.weights, **options)
         return grads, info, {"value": info.value, "grad": grads, "value_fn": value_fn}
 
-    def go_along(self, along: Along, before, after, grads, step: Step, extra) -> Along:
+    def go_along(self, along: Along, before, after, grads, step: TracedStep, extra) -> Along:
         """Tangents and shadows after the step from `before` to `after`, each (params, inner)."""
         kernel = self.tangents(extra)
-        shadows = self._drawn(kernel, along, before, step)
+        shadows = self._drawn(along.shadows, before, step)
         slots = step.slots
         if self._slots is None:
             for i in range(len(shadows.shadow_states)):
@@ -183,7 +180,7 @@ class Lockstep:
         shadows = shadows._replace(linearity=self._linearity(kernel, tangents, shadows, after))
         return along._replace(tangents=tangents, shadows=shadows)
 
-    def _without(self, state, unit, step: Step, extra):
+    def _without(self, state, unit, step: TracedStep, extra):
         """One step of the shadow that leaves `unit` out."""
         params, inner = state
         weights = jnp.where((step.units == unit) & (unit >= 0), 0, step.weights)
@@ -194,31 +191,27 @@ class Lockstep:
     def _slot_of(self, unit, i: int):
         return self._own_slots + i if self._slots is None else self._slots(unit)
 
-    def _drawn(self, kernel, along: Along, before, step: Step) -> Shadows:
-        """Shadows not yet drawn leave out a unit of this batch; they start where it predicts."""
-        shadows = along.shadows
+    def _drawn(self, shadows: Shadows, before, step: TracedStep) -> Shadows:
+        """Shadows not yet drawn leave out a unit of this batch; until now they are the run."""
         units, states = shadows.shadow_units, []
         places = jnp.cumsum(step.drawable)
         for i, state in enumerate(shadows.shadow_states):
             row = jnp.argmax(places > i % jnp.maximum(places[-1], 1))
-            draws = (units[i] < 0) & (places[-1] > 0)
+            draws = (units[i] == NOT_DRAWN) & (places[-1] > 0)
             units = units.at[i].set(jnp.where(draws, step.units[row], units[i]))
-            slots = jnp.reshape(self._slot_of(units[i], i), (1,))
-            start = functools.partial(
-                kernel.add, *before, along.tangents, slots, jnp.ones((1,))
-            )
-            started = lambda start=start, state=state: _like(start(), state)
-            states.append(jax.lax.cond(draws, started, lambda state=state: state))
+            own = lambda old=state: old
+            states.append(jax.lax.cond(draws, lambda: before, own))
         return shadows._replace(shadow_units=units, shadow_states=tuple(states))
 
     def _linearity(self, kernel, tangents, shadows: Shadows, after) -> Float[Array, "2"]:
-        """The largest relative error of all shadows, not below that of before the last deletion."""
-        found = [shadows.linearity_before]
+        """The largest relative error of all shadows; what it was, where there are none."""
+        found = []
         for i, state in enumerate(shadows.shadow_states):
             slot = self._slot_of(shadows.shadow_units[i], i)
             pairs = zip(kernel.take(*state), kernel.take(*after))
             actual = [[a - b for a, b in zip(*pair)] for pair in pairs]
-            predicted = [leaf[slot].astype(jnp.float32) for leaf in tangents]
+            changes = [*actual[0], *actual[1]]
+            predicted = [leaf[slot].astype(a.dtype) for leaf, a in zip(tangents, changes)]
             count = len(actual[0])
             errors = jnp.stack(
                 [
@@ -226,10 +219,10 @@ class Lockstep:
                     _relative_error(predicted[count:], actual[1]),
                 ]
             )
-            found.append(jnp.where(shadows.shadow_units[i] >= 0, errors, NOT_MEASURED))
-        return functools.reduce(_worse, found)
+            found.append(jnp.where(shadows.shadow_units[i] >= 0, errors, shadows.linearity))
+        return functools.reduce(_worse, found, shadows.linearity if not found else found[0])
 
-    def run(self, step_of: Callable[[Segment], Step]):
+    def run(self, step_of: Callable[[Segment], TracedStep]):
         """A function (params, inner, along, segment, num_active) -> the same after the segment."""
 
         def one(params, inner, along, row: Segment):
@@ -258,12 +251,6 @@ class Lockstep:
             return jax.lax.fori_loop(0, num_active, body, (params, inner, along, flags))
 
         return segment
-
-
-def _like(state, template):
-    """`state` with the dtypes and weak types of `template`."""
-    cast = lambda leaf, like: leaf.astype(like.dtype) if tree.is_inexact(like) else leaf
-    return tree.match_weak_types(jax.tree.map(cast, state, template), template)
 
 
 def _relative_error(predicted, actual) -> Float[Array, ""]:

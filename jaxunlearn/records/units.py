@@ -60,13 +60,13 @@ class Units:
         return jnp.where(is_real, unit, -1)
 
     def slots(self, units: Int[Array, " b"]) -> Int[Array, " b"]:
-        """The slot of each unit, `num_slots` where it has none. Traced."""
+        """The slot of each unit, -1 where it has none. Traced."""
         is_real = (units >= 0) & (units < self.num_units)
         if self._tracked is None:
-            return jnp.where(is_real, units, self.num_slots).astype(jnp.int32)
+            return jnp.where(is_real, units, -1).astype(jnp.int32)
         tracked = jnp.asarray(self._tracked)
         at = jnp.minimum(jnp.searchsorted(tracked, units), self.num_slots - 1)
-        return jnp.where(is_real & (tracked[at] == units), at, self.num_slots).astype(jnp.int32)
+        return jnp.where(is_real & (tracked[at] == units), at, -1).astype(jnp.int32)
 
     def slots_of_examples(self, ids: Int[Array, " b"]) -> Int[Array, " b"]:
         """The slot of each example's unit. Traced."""

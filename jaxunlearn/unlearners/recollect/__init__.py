@@ -1,0 +1,336 @@
+"""First-order deletion by recollection: tangents of the training state, carried along and added.
+
+Qiao, Zhang, Tang, Wei 2025, "Hessian-Free Online Certified Unlearning" (arXiv 2404.01712), carry
+for each sample the first-order change of SGD's parameters when its weight goes to zero. Here the
+whole training step is linearised, so that any Optax optimizer will do, and its state is corrected
+with the parameters. There is no certificate of distance: how linear the run was is measured.
+"""
+
+import functools
+import time
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from jaxunlearn import certificates, errors, kernels, records, tree
+from jaxunlearn.types import (
+    ForgetInfo,
+    Forgotten,
+    LossFn,
+    Quote,
+    Status,
+    Unlearner,
+    UnlearnerState,
+)
+from jaxunlearn.unlearners.recollect._checks import (
+    EPS_ROOT,
+    check_options,
+    check_seen,
+    check_step,
+    complain,
+    judge,
+)
+from jaxunlearn.unlearners.recollect._promises import promise
+from jaxunlearn.unlearners.recollect._training import (
+    RecollectRecord,
+    Routes,
+    Setting,
+    make_add_step,
+    make_joint_step,
+)
+
+__all__ = ["RecollectRecord", "Recollector", "recollect"]
+
+
+class Recollector(Unlearner):
+    """An `Unlearner` with two more functions.
+
+    refresh(params, opt_state, *, data) -> (params, opt_state)
+    describe(params) -> bytes of the record by part, before training starts
+    """
+
+    def __new__(cls, init, update, forget, quote, forget_step, refresh, describe):
+        self = super().__new__(cls, init, update, forget, quote, forget_step)
+        self.refresh, self.describe = refresh, describe
+        return self
+
+    @classmethod
+    def _make(cls, fields):
+        fields = tuple(fields)
+        if len(fields) != 7:
+            raise TypeError(
+                f"Expected 7 functions (init, update, forget, quote, forget_step, refresh, "
+                f"describe), got {len(fields)}. An Unlearner is not a pytree."
+            )
+        return cls(*fields)
+
+    def _asdict(self):
+        return super()._asdict() | {"refresh": self.refresh, "describe": self.describe}
+
+
+def recollect(
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    *,
+    num_examples: int,
+    batch_size: int,
+    max_steps: int,
+    normalizer: str = "batch",
+    recursion: str = "leave_one_out",
+    units: Any = None,
+    track: Any = None,
+    track_leaves: kernels.TrackLeaves = None,
+    joint: bool = False,
+    l2: float | None = None,
+    l2_mask: PyTree | None = None,
+    storage_dtype: Any = None,
+    units_at_once: int | None = None,
+    microbatch_size: int | None = None,
+    num_probes: int = 2,
+    if_rough: str = "warn",
+    rough_above: float = 0.1,
+    max_bytes: int | None = None,
+    progress: bool | None = None,
+) -> Recollector:
+    """Wrap `tx` so that `forget` adds the first-order effect of the rows' absence.
+
+    `update` carries one tangent a tracked unit, dz_u' = J_t dz_u + source_u of the training state z
+    (parameters and float leaves of the optimizer state); `forget` returns z + sum_u dz_u. With
+    `joint`, training carries nothing, and `forget` carries one tangent for the whole forget set
+    along the recorded steps: more accurate past about ten rows, at more than the price of an exact
+    `unlearners.replay`.
+
+    Args:
+      tx: the whole optimizer; `recollect(optax.chain(clip, adamw), ...)`. Smooth where it is used:
+        Adam needs eps_root > 0.
+      loss_fn: `loss_fn(params, batch[, key])`, the mean of per-example losses, without L2.
+      num_examples: example ids are dense in 0..num_examples-1.
+      batch_size, max_steps: the most rows of a step, the most steps of a run.
+      normalizer: "batch" divides by the rows a step was scheduled with, "kept" by those left.
+      recursion: "leave_one_out" takes the linear part with the unit's own weight at zero, and is
+        exact for quadratics; "paper" with that weight in place.
+      units: (num_examples,) integers, the unit (user) of each example; None: each its own. What an
+        id passed to `forget` and `quote` deletes is a unit: with `units`, ids are unit ids.
+      track: ids of the units that get a tangent; None: all. Others are refused.
+      track_leaves: which leaves of params get tangents, as booleans or a function of params; the
+        others, and what belongs to them in the state, stay as they are.
+      l2: adds `l2 * params` to the gradient where `l2_mask` is true; None adds nothing.
+      storage_dtype: of the tangents; None keeps float32 or what is wider. bfloat16 halves them.
+      units_at_once, microbatch_size: see `kernels.state_tangents`.
+      num_probes: shadow runs, each with one tracked unit of the first batch left out, trained
+        beside the run to compare the change that its tangent predicts with the actual one. 0
+        measures nothing.
+      if_rough: what to do where that error exceeds `rough_above` or a tangent is not finite: "warn"
+        goes on where it can, "refuse" raises RoughRunError, "replay" trains again without the rows.
+      max_bytes: refuse to start where the record would be larger; `describe(params)` has its size.
+
+    Returns:
+      An `Unlearner` with `refresh(params, opt_state, *, data)`, which trains again from the initial
+      state without what was forgotten, and returns its parameters and state with new tangents; and
+      `describe(params)`, bytes by part, which takes shapes too.
+      `forget_step(params, state, rows, ids, weights)`: ids (m,) of units, padded with -1, weights
+      (m,) the new weights, zero to forget; rows are not looked at. With `joint` one segment, as
+      that of `replay`: rows (S, B, ...), ids and weights (S, B), weight 0 for rows to forget.
+
+    Cost: `update`: one Hessian product and one update a tracked unit, a gradient for each probe;
+      memory of 1 + num_probes + tracked units times that of the state. `forget`: one addition of
+      the state for each unit. With `joint`, about 4 (1 + num_probes) gradients a recorded step.
+
+    Guarantees:
+      On quadratic losses with SGD, momentum or Nesterov, parameters and state of any single
+      forgotten unit equal `records.oracle(...)` up to rounding.
+
+    Raises (forget):
+      IdError, NotTrackedError, WrongStateError, TrainingRecordError, RoughRunError, NonFiniteError,
+      CoupledLossError (where data is given), MissingDataError (joint, replay); inputs untouched.
+
+    References: Qiao et al. 2025, equation (6) is recursion="paper" with optax.sgd.
+    """
+    check_options(batch_size, max_steps, normalizer, num_probes, if_rough, rough_above, l2)
+    penalty = records.Penalty(l2, l2_mask)
+    table = records.Units(num_examples, units, track)
+    lockstep = functools.partial(
+        records.Lockstep, tx, loss_fn, normalizer=normalizer, penalty=penalty,
+        recursion=recursion, track_leaves=track_leaves, storage_dtype=storage_dtype,
+        units_at_once=units_at_once, microbatch_size=microbatch_size,
+    )  # fmt: skip
+    setting = Setting(
+        tx=tx, loss_fn=loss_fn, table=table, penalty=penalty,
+        beside=lockstep(slots=table.slots), along_log=lockstep(own_slots=1),
+        normalizer=normalizer, batch_size=batch_size, max_steps=max_steps, num_probes=num_probes,
+        joint=joint, max_bytes=max_bytes, progress=progress,
+    )  # fmt: skip
+    beside, routes = setting.beside, Routes(setting)
+    add_step = make_add_step(setting)
+    add_jitted = jax.jit(add_step)
+    info_of = functools.partial(ForgetInfo.of, "recollect")
+    checked: set[str] = set()
+
+    def init(params):
+        setting.check_size(params)
+        check_smooth_once(params)
+        inner = tree.copy(optax.with_extra_args_support(tx).init(params))
+        return UnlearnerState(inner=inner, record=setting.fresh_record(params, inner))
+
+    def check_smooth_once(params):
+        if "smooth" in checked or if_rough == "replay" or beside.is_smooth_at_rest(params):
+            return
+        checked.add("smooth")
+        text = (
+            f"The optimizer has no finite derivative at zero gradient and fresh state. {EPS_ROOT}"
+        )
+        if if_rough == "refuse":
+            raise errors.RoughRunError(text)
+        warnings.warn(text, stacklevel=3)
+
+    def update(updates, opt_state, params=None, *, batch=None, ids=None, key=None, **extra):
+        records.check_update(opt_state, params, ids, RecollectRecord, "recollect")
+        check_step(ids, key, batch, batch_size, setting.keyed, joint)
+        ids = None if ids is None else jnp.asarray(ids)
+        record, inner = opt_state.record, opt_state.inner
+        step = record.participation.num_steps
+        participation = records.observe(record.participation, ids, num_examples)
+        overrun = jnp.where(step >= max_steps, int(Status.TOO_MANY_STEPS), 0).astype(jnp.int32)
+        log = records.write_step(
+            record.log, step, ids=ids, key=key, settings=records.get_settings(inner),
+            non_finite=~tree.all_finite(updates),
+        )  # fmt: skip
+        checkpoints = records.take_checkpoint(
+            record.checkpoints, step, params, inner, every=max_steps
+        )
+        grads, along = updates, record.along
+        updates, new_inner = beside.inner_update(grads, inner, params, **extra)
+        if ids is not None and not joint:
+            num_rows = jnp.sum(ids >= 0, dtype=jnp.int32)
+            traced = setting.step_of_training(
+                batch, ids, num_rows, setting.keys_of(key, ids), along.slot_is_live
+            )
+            after = optax.apply_updates(params, updates), new_inner
+            along = beside.go_along(along, (params, inner), after, grads, traced, extra)
+        participation = participation._replace(status=participation.status | overrun)
+        new_record = RecollectRecord(participation, log, checkpoints, along)
+        return updates, UnlearnerState(inner=new_inner, record=new_record)
+
+    def check_request(params, opt_state, ids):
+        records.check_state(opt_state, RecollectRecord, "recollect")
+        ids, num_duplicates = records.validate_ids(ids, table.num_units)
+        check_seen(opt_state.record.participation, table, ids)
+        template = jax.eval_shape(
+            lambda c: records.read_slot(c, 0)[0], opt_state.record.checkpoints
+        )
+        records.check_params(params, template, "recollect")
+        if not joint:
+            table.check_tracked(ids)
+        return ids, num_duplicates
+
+    def check_loss(params, reader, record, examples):
+        """A few retained rows are read wherever there is data, and judged once."""
+        few = np.setdiff1d(records.seen_ids(record.participation), examples)[:8]
+        if not few.size:
+            return
+        rows = reader(few)
+        if "loss" not in checked:
+            key = jax.random.key(0) if setting.keyed else None
+            kernels.check_loss(loss_fn, params, rows, key=key)
+            checked.add("loss")
+
+    def forget(params, opt_state, ids, *, data=None, requester=None):
+        begun = time.perf_counter()
+        ids, num_duplicates = check_request(params, opt_state, ids)
+        if not ids.size:
+            return Forgotten(params, opt_state, info_of(ids, num_duplicates, begun))
+        examples, record = table.examples(ids), opt_state.record
+        if data is not None or joint:
+            check_loss(params, records.RowReader(data), record, examples)
+        new_params, new_state, measured = decide(params, opt_state, ids, examples, data)
+        participation = records.bury(new_state.record.participation, examples)
+        new_state = UnlearnerState(
+            new_state.inner, new_state.record._replace(participation=participation)
+        )
+        certificate, salt = certificates.issue(
+            ids, num_duplicates, (params, opt_state.inner), (new_params, new_state.inner),
+            **promise(measured, normalizer, joint, track_leaves is not None),
+        )  # fmt: skip
+        info = info_of(
+            ids, num_duplicates, begun, requester=requester,
+            certificate=certificate, commitment_salt=salt, measurements=measured,
+        )  # fmt: skip
+        return Forgotten(new_params, new_state, info)
+
+    def decide(params, opt_state, ids, examples, data):
+        """First order where it can be trusted, else what `if_rough` says."""
+        linearity, details = opt_state.record.along.shadows.linearity, {"route": "tangents"}
+        if joint:
+            along, num_bad = routes.tangent_along_log(opt_state, examples, data)
+            steps = int(opt_state.record.participation.num_steps)
+            details = {"route": "joint", "replayed_steps": steps, "non_finite_rows": num_bad}
+            linearity = along.shadows.linearity
+        measured, is_rough = judge(linearity, rough_above)
+        if is_rough and if_rough != "replay":
+            complain(measured, rough_above, if_rough)
+        if not (is_rough and if_rough == "replay"):
+            moved = (
+                routes.add_tangent(params, opt_state, along, examples)
+                if joint
+                else add(params, opt_state, ids)
+            )
+            if not int(moved[2]["status"]):
+                return *moved[:2], details | measured
+            if if_rough != "replay":
+                raise errors.NonFiniteError(
+                    "Expected finite tangents, got some that are not; nothing was released. "
+                    f"{EPS_ROOT}"
+                )
+        new_params, new_state, details = routes.train_again(params, opt_state, examples, data)
+        return new_params, without_shadows(new_state, ids), details | measured
+
+    def add(params, opt_state, ids):
+        padded = records.bucket(ids)
+        return add_jitted(params, opt_state, None, padded, np.zeros((len(padded),), np.float32))
+
+    def without_shadows(state, ids):
+        """After training again: what goes along is still of the old path, its shadows end."""
+        along = state.record.along
+        live = np.array(along.slot_is_live)
+        if not joint:
+            live[np.asarray(table.slots(jnp.asarray(ids)))] = False
+        along = along._replace(
+            slot_is_live=jnp.asarray(live), shadows=records.end_shadows(along.shadows)
+        )
+        return UnlearnerState(state.inner, state.record._replace(along=along))
+
+    def refresh(params, opt_state, *, data):
+        records.check_state(opt_state, RecollectRecord, "recollect")
+        records.check_status(opt_state.record.participation)
+        return routes.refresh(params, opt_state, data)
+
+    def quote(params, opt_state, ids):
+        try:
+            ids, _ = check_request(params, opt_state, ids)
+        except (errors.IdError, errors.TrainingRecordError) as error:
+            return Quote(feasible=False, reason=str(error), guarantee="heuristic")
+        record = opt_state.record
+        steps = int(record.participation.num_steps)
+        measured, is_rough = judge(record.along.shadows.linearity, rough_above)
+        again = is_rough and if_rough == "replay"
+        each = 4 * (1 + num_probes) if joint else int(again)
+        copies = 3 + 2 * num_probes if joint else 1 + int(again)
+        refused = is_rough and if_rough == "refuse"
+        return Quote(
+            num_forgotten=len(ids),
+            feasible=not refused,
+            reason=f"the run is not linear enough: {measured}" if is_rough and not again else "",
+            guarantee="exact" if again else "heuristic",
+            num_steps=steps if each else 0,
+            num_gradients=each * steps,
+            retrain_gradients=steps,
+            memory_bytes=copies * (tree.num_bytes(params) + tree.num_bytes(opt_state.inner)),
+        )
+
+    forget_step = make_joint_step(setting) if joint else add_step
+    return Recollector(init, update, forget, quote, forget_step, refresh, setting.describe)
