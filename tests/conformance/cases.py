@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxunlearn import Budget, Unlearner, kernels, records, unlearners
+from jaxunlearn import Budget, Unlearner, kernels, records, transforms, unlearners
 
 NUM_EXAMPLES, NUM_SEEN, BATCH, STEPS = 40, 13, 4, 9
 """40 ids are declared, rows 0..13 have data, ids 0..12 are trained on."""
@@ -46,6 +46,7 @@ class Case:
     crossed: is run with every transform of INSIDE; a mere variant runs with the plain one.
     operands: (run, forget) -> what `forget_step` takes to forget those ids from a `Trained`.
     before_noise: the parameters that a `Forgotten` had before noise.
+    own_tx: loss_fn -> the optimizer, for a method that brings its own; it is not crossed.
     spread: (params, state) -> the state in which a method looks for these parameters too.
     """
 
@@ -59,6 +60,7 @@ class Case:
     crossed: bool = True
     before_noise: Callable[[Any], Any] = lambda forgotten: forgotten.params
     oracle_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    own_tx: Callable[[Callable], optax.GradientTransformation] | None = None
     spread: Callable[..., Any] = lambda params, state: state
 
 
@@ -106,6 +108,12 @@ def iterate_of(forgotten):
     return records.split(records.unpack_float64(words), forgotten.params)
 
 
+def memory_pair(tx, loss_fn, **options) -> Unlearner:
+    """`unlearners.memory_pair` where the suite hands every method an optimizer."""
+    del tx
+    return unlearners.memory_pair(loss_fn, **options)
+
+
 REPLAY = {"batch_size": BATCH, "max_steps": STEPS + 3, "num_checkpoints": 3}
 KEPT = {"normalizer": "kept"}
 DELTAGRAD = REPLAY | {"period": 2, "burn_in": 2}
@@ -122,10 +130,18 @@ _fixed_path = functools.partial(
     Case, factory=unlearners.fixed_path, operands=run_as_segment, has_max_steps=True,
     spread=along_the_path,
 )  # fmt: skip
+_memory_pair = functools.partial(
+    Case, factory=memory_pair, has_max_steps=True, crossed=False,
+    own_tx=lambda loss_fn: transforms.online_lbfgs(loss_fn, owners_per_pair=BATCH),
+)  # fmt: skip
 CASES = [
     _replay("replay", options=REPLAY),
     _replay("replay-kept", options=REPLAY | KEPT, oracle_options=KEPT, crossed=False),
     Case("deltagrad", unlearners.deltagrad, DELTAGRAD, run_with_the_rows, has_max_steps=True),
+    _memory_pair("memory_pair", options=REPLAY, operands=run_as_segment),
+    _memory_pair(
+        "memory_pair-tangent", options=REPLAY | {"mode": "tangent"}, operands=run_with_the_rows
+    ),  # fmt: skip
     Case("newton", unlearners.newton, NEWTON, rows_at_once, noisy=True, before_noise=iterate_of),
     _fixed_path("fixed_path", options=REPLAY),
     _fixed_path("fixed_path-kept", options=REPLAY | KEPT, crossed=False),
@@ -301,7 +317,8 @@ def make_problem(
         traces[0] += 1
         return squared_error(params, batch)
 
-    tx = inside.make() if tx is None else tx
+    if tx is None:
+        tx = case.own_tx(loss_fn) if case.own_tx else inside.make()
     noise = {"entropy": entropy} if case.noisy else {}
     unlearner = case.factory(
         tx, loss_fn, num_examples=NUM_EXAMPLES, **(case.options | noise | options)
