@@ -16,10 +16,11 @@ def terms(odometer, record, inner, num_requested: int) -> str:
     text = f"{told.left} deletions left of {odometer.max_deletions}"
     if odometer.model is None:
         return text
-    inserted = odometer.model.adaptive(float(inner.gradient_square_sum))
+    adaptive = odometer.model.adaptive(float(inner.gradient_square_sum))
+    logarithmic = odometer.model.logarithmic(int(record.participation.num_steps))
     return (
-        f"{text}; regret bound of the inserts so far {inserted:.4g} (adaptive), noise of this "
-        f"request adds {told.noise_regret:.4g}"
+        f"{text}; regret bound of the inserts so far {adaptive:.4g} (steps D/sqrt(S_t)) or "
+        f"{logarithmic:.4g} (steps 1/(lambda t)), noise of this request adds {told.noise_regret:.4g}"
     )
 
 
