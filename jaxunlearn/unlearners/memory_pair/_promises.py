@@ -20,7 +20,8 @@ def terms(odometer, record, inner, num_requested: int) -> str:
     logarithmic = odometer.model.logarithmic(int(record.participation.num_steps))
     return (
         f"{text}; regret bound of the inserts so far {adaptive:.4g} (steps D/sqrt(S_t)) or "
-        f"{logarithmic:.4g} (steps 1/(lambda t)), noise of this request adds {told.noise_regret:.4g}"
+        f"{logarithmic:.4g} (steps 1/(lambda t)), noise of this request adds "
+        f"{told.noise_regret:.4g}"
     )
 
 
