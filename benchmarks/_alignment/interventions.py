@@ -47,6 +47,7 @@ ROUTES = {
 }  # fmt: skip
 PAIR_MODES = {PAPER_DELETION: "paper", DROP_PAIR: "drop_pair", TANGENT_JOINT: "tangent"}
 ONLY_PAIRS = "no curvature pairs"
+USED_ONCE = "as leave-one-out: the row was used once"
 
 
 class Blank(Exception):
@@ -97,7 +98,7 @@ class Clinic:
         if intervention in (RESET, PARAMETERS_RESET):
             return self._remade(run, at, self._init, 0.0 if not helped else None)
         if intervention in (REBUILT, PARAMETERS_REBUILT):
-            retained = np.delete(np.arange(lab.ids.size, dtype=np.int32), lab.victim(lag))
+            retained = np.delete(np.arange(lab.num_ids, dtype=np.int32), lab.victim(lag))
             reader = records.RowReader(run.stream.rows)
             again = lambda p: lab.rebuild.again(p, reader, retained, num_steps=lab.num_steps)
             return self._remade(run, at, again, None if helped else self._rebuild_gradients())

@@ -1,7 +1,7 @@
-"""Streams of labelled rows: every row is used once, so that a row has one lag.
+"""Streams of labelled rows, in which a row's lag is how many steps ago it was last used.
 
-Step t uses ids t b .. t b + b - 1, whatever the seed; the seed says which rows these are, in which
-order they came, and where the parameters start. All of it in float64.
+Which step uses which ids is the same for every seed, so that one compiled program serves them all;
+the seed says which rows the ids are, and where the parameters start. All of it in float64.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ HIDDEN, TURN = 32, 180.0
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """rows: leaves with a leading axis of num_steps * batch_size. held_out: batches never used, the
+    """rows: leaves with a leading axis of ids. held_out: batches never used, the
     same for every seed."""
 
     rows: dict[str, np.ndarray]
@@ -37,6 +37,7 @@ class Problem:
     """A data set and a loss.
 
     draw(seed, num_rows, batch_size) -> `Stream`; start(seed) -> params; loss is a key of LOSSES.
+    epochs: how often a row is used; in a stream, once.
     """
 
     data: str
@@ -46,10 +47,19 @@ class Problem:
     draw: Callable[[int, int, int], Stream]
     start: Callable[[int], Any]
     loss_fn: Callable[..., jax.Array]
+    epochs: int
 
     @property
     def name(self) -> str:
-        return f"{self.loss}, {self.data}"
+        again = f", {self.epochs} epochs" if self.epochs > 1 else ""
+        return f"{self.loss}, {self.data}{again}"
+
+    def schedule(self, num_steps: int) -> np.ndarray:
+        """The ids of every step, (num_steps, batch_size): each epoch in an order of its own."""
+        num_ids = num_steps * self.batch_size // self.epochs
+        rng = np.random.default_rng(0)
+        orders = [rng.permutation(num_ids) if t else np.arange(num_ids) for t in range(self.epochs)]
+        return np.concatenate(orders).astype(np.int32).reshape(num_steps, self.batch_size)
 
 
 def squared(params, batch):
@@ -148,7 +158,7 @@ def _rotate(x: np.ndarray, degrees: float) -> np.ndarray:
     return turned.reshape(len(x), -1)
 
 
-def problem(loss: str, data: str) -> Problem:
+def problem(loss: str, data: str, epochs: int = 1) -> Problem:
     """By name. Rows of a step: three of the digits, of which there are few; eight of the others."""
     x, *_, classes = _arrays(data)
     start = _network_start if loss == "MLP" else _linear_start
@@ -160,6 +170,7 @@ def problem(loss: str, data: str) -> Problem:
         draw=functools.partial(_draw, data),
         start=functools.partial(start, x.shape[1], classes),
         loss_fn=LOSSES[loss],
+        epochs=epochs,
     )
 
 

@@ -52,7 +52,8 @@ class Laboratory:
         self.problem, self.optimizer = problem, optimizer
         self.num_steps, self.lags = num_steps, tuple(lags)
         self.size = problem.batch_size
-        self.ids = np.arange(num_steps * self.size, dtype=np.int32).reshape(num_steps, self.size)
+        self.ids = problem.schedule(num_steps)
+        self.num_ids = self.ids.size // problem.epochs
         self.is_pairs = optimizer.kind == "pairs"
         self.rate = optimizer.rates[problem.loss]
         self.tx = optimizer.make(self.rate, num_steps)
@@ -75,13 +76,17 @@ class Laboratory:
         )  # fmt: skip
 
     def victim(self, lag: int) -> int:
-        """The id that the `lag`-th last step used first."""
+        """An id that the `lag`-th last step used, and none after it."""
         return int(self.ids[self.num_steps - lag, 0])
+
+    def first_use(self, lag: int) -> int:
+        """The first step that used the victim."""
+        return int(np.argmax((self.ids == self.victim(lag)).any(axis=1)))
 
     def pair_route(self, mode: str):
         """`memory_pair` with another way to delete; it reads the same record."""
         return unlearners.memory_pair(
-            self.problem.loss_fn, num_examples=self.ids.size, max_steps=self.num_steps,
+            self.problem.loss_fn, num_examples=self.num_ids, max_steps=self.num_steps,
             batch_size=self.size, mode=mode, learning_rate=self.rate, l2=self.problem.l2,
             normalizer="batch", verify="off", progress=False, nothing_below=None,
             paper=transforms.PaperDeletion(rate=None) if mode == "paper" else None,
@@ -91,7 +96,7 @@ class Laboratory:
     def _routes(self) -> tuple[dict[str, Any], dict[str, str]]:
         """The unlearners, and why some are left out."""
         common = {
-            "num_examples": self.ids.size, "batch_size": self.size, "max_steps": self.num_steps,
+            "num_examples": self.num_ids, "batch_size": self.size, "max_steps": self.num_steps,
             "normalizer": "batch", "l2": self.problem.l2, "progress": False,
         }  # fmt: skip
         build = lambda method, **more: method(self.tx, self.problem.loss_fn, **common, **more)
@@ -149,10 +154,10 @@ class Laboratory:
 
     def run(self, seed: int) -> Run:
         """Trains under every route, and once without each victim."""
-        stream = self.problem.draw(seed, self.ids.size, self.size)
+        stream = self.problem.draw(seed, self.num_ids, self.size)
         start = self.problem.start(seed)
         states = {EXACT: self._by_loop(start, stream)}
-        steps = {k: v.reshape(*self.ids.shape, *v.shape[1:]) for k, v in stream.rows.items()}
+        steps = {name: leaf[self.ids] for name, leaf in stream.rows.items()}
         seconds = {}
         for name in self.routes:
             if name in self.blanks or name == EXACT:
@@ -191,14 +196,14 @@ class Laboratory:
         begun = time.perf_counter()
         *actual, _ = run(
             *(start, self._fresh(start), log, reader), start=0, stop=self.num_steps,
-            cuts=[self.num_steps - lag for lag in self.lags],
+            cuts=[self.first_use(lag) for lag in self.lags],
             on_cut=lambda step, params, inner: at_cut.update({step: (params, inner)}),
         )  # fmt: skip
         seconds = time.perf_counter() - begun
         oracles = {}
         for lag in self.lags:
             kept = records.without(log, np.array([self.victim(lag)]))
-            first = self.num_steps - lag
+            first = self.first_use(lag)
             *found, _ = run(*at_cut[first], kept, reader, start=first, stop=self.num_steps)
             oracles[lag] = tuple(found)
         return tuple(actual), oracles, seconds
