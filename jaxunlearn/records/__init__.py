@@ -53,7 +53,7 @@ from jaxunlearn.records.lockstep import (
     Along,
     Lockstep,
     Shadows,
-    Step,
+    TracedStep,
     end_shadows,
     init_along,
 )
@@ -132,7 +132,7 @@ __all__ = [
     "RowReader",
     "Segment",
     "Shadows",
-    "Step",
+    "TracedStep",
     "StepFlags",
     "StepLog",
     "StepRows",
