@@ -1,5 +1,8 @@
 """Blocks of stacks of tangents that are read, and written where they were read."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,7 +20,7 @@ ACCELERATOR_BYTES = 1 << 28
 """Elsewhere."""
 
 
-def block_size(tangents: Tangents, units_at_once: int | None) -> int:
+def block_size(tangents: Sequence[Any], units_at_once: int | None) -> int:
     """Rows of a stack that go side by side: what was asked for, or as many as stay in cache."""
     if units_at_once is not None:
         return units_at_once

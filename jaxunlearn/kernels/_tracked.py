@@ -1,7 +1,7 @@
 """Which leaves of a training state (params, inner) carry tangents, and how to take and put them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from jaxunlearn.tree import is_inexact
 from jaxunlearn.types import Params
 
-TrackLeaves = PyTree | Callable[[Params], PyTree] | None
+TrackLeaves = Any
 """A tree of booleans, a prefix of the parameters, or a function from them to one; None: all."""
 
 
@@ -29,7 +29,7 @@ class Tracked:
         A leaf of the state belongs to the parameter whose path ends its own, at the same shape: so
         Optax keeps moments. Integers and typed keys have no tangent.
         """
-        mask = track_leaves(params) if callable(track_leaves) else track_leaves
+        mask: Any = track_leaves(params) if callable(track_leaves) else track_leaves
         wanted = jax.tree.map(lambda _: True, params)
         if mask is not None:
             wanted = jax.tree.broadcast(mask, params)

@@ -112,7 +112,7 @@ class Lockstep:
         self._value = kernels.weighted_loss(loss_fn)
         self._is_kept = normalizer == "kept"
         self._slots, self._own_slots = slots, own_slots
-        self._make = functools.partial(
+        self._make: Callable[..., kernels.StateTangents] = functools.partial(
             kernels.state_tangents, loss_fn, normalizer=normalizer, **tangent_options
         )
 
@@ -242,10 +242,10 @@ class Lockstep:
                 return *state, jax.tree.map(lambda leaf: leaf[None], bad)
 
             def body(i, carry):
-                *state, flags = carry
-                *state, bad = one(*state, at(i))
+                params, inner, along, flags = carry
+                params, inner, along, bad = one(params, inner, along, at(i))
                 put = lambda all, one: all.at[i].set(one)
-                return *state, jax.tree.map(put, flags, bad)
+                return params, inner, along, jax.tree.map(put, flags, bad)
 
             flags = StepFlags(jnp.zeros((length,), bool), jnp.zeros((length,), jnp.int32))
             return jax.lax.fori_loop(0, num_active, body, (params, inner, along, flags))

@@ -264,7 +264,8 @@ def recollect(
 
     def decide(params, opt_state, ids, examples, data):
         """First order where it can be trusted, else what `if_rough` says."""
-        linearity, details = opt_state.record.along.shadows.linearity, {"route": "tangents"}
+        linearity = opt_state.record.along.shadows.linearity
+        details: dict[str, Any] = {"route": "tangents"}
         if joint:
             along, num_bad = routes.tangent_along_log(opt_state, examples, data)
             steps = int(opt_state.record.participation.num_steps)

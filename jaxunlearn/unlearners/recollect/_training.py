@@ -297,7 +297,7 @@ class Routes:
 
     def _run(self, run, start, log, reader, record, label: str):
         return records.run_log(
-            run, *start, log, reader, start=0, stop=int(record.participation.num_steps),
+            run, start[0], start[1], log, reader, start=0, stop=int(record.participation.num_steps),
             segment_length=records.default_segment_length(), label=label,
             show=self._setting.progress,
         )  # fmt: skip
