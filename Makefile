@@ -4,6 +4,7 @@
 #   make test                   the tests, without the slow ones
 #   make test-all               all tests
 #   make bench                  the benchmarks, then one check for each claim of the README
+#   make bench-state            state alignment alone, at most 20 minutes; ARGS=--quick takes one
 #   make lint                   ruff and mypy; make format rewrites the files
 #   make clean                  remove .venv and the caches
 #
@@ -31,7 +32,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint format clean
+.PHONY: help demo test test-all bench bench-state lint format clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '/^  *make/p'
@@ -52,6 +53,9 @@ bench: $(DEV)
 	  $(BIN)/python "$$script" $(ARGS) || failed="$$failed $$script"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "error: failed:$$failed" >&2; exit 1; fi
+
+bench-state: $(DEV)
+	$(BIN)/python benchmarks/state_alignment.py $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

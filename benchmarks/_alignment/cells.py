@@ -48,7 +48,9 @@ class Summary:
         low, high = median_interval(values)
         if math.isnan(low):
             low, high = float(np.min(values)), float(np.max(values))
-        return cls(float(np.median(values)), low, high)
+        with np.errstate(invalid="ignore"):
+            median = float(np.median(values))
+        return cls(math.inf if math.isnan(median) else median, low, high)
 
 
 @dataclasses.dataclass
@@ -136,12 +138,14 @@ def _judge_of(laboratory: Laboratory, run) -> Callable[[Outcome, Any], dict[str,
 
     def judge(outcome: Outcome, oracle) -> dict[str, float]:
         found = align((outcome.params, outcome.inner), oracle)
-        return {
+        figures = {
             "parameters": found.parameter_error,
             "memory": found.memory_error.value,
             "state": found.state_error,
             "direction": found.update_error.value,
         }
+        # A state that cannot take a step, a negative second moment say, is as far off as can be.
+        return {name: math.inf if math.isnan(x) else x for name, x in figures.items()}
 
     return judge
 

@@ -165,8 +165,11 @@ def _columns(table, lags) -> dict[str, Any]:
     return parts
 
 
-def _round(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.3g}")
+def _round(value: float | None) -> float | str | None:
+    """Three digits; infinity as a word, which JSON has no number for."""
+    if value is None:
+        return None
+    return float(f"{value:.3g}") if np.isfinite(value) else "inf"
 
 
 def from_json(cases: dict[str, Any]) -> list[Cell]:
@@ -191,6 +194,6 @@ def _rows(columns, lags) -> dict[int, dict[str, Summary | None]]:
         column = columns.get(measure)
         if column is None or column["median"][i] is None:
             return None
-        return Summary(*(column[part][i] for part in ("median", "low", "high")))
+        return Summary(*(float(column[part][i]) for part in ("median", "low", "high")))
 
     return {lag: {m: at(m, i) for m in MEASURES} for i, lag in enumerate(lags)}
