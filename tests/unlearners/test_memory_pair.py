@@ -36,7 +36,13 @@ def learned(result):
 # --- exact -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ADMISSIONS)
+SLOW = {"published", "powell", "cautious"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ADMISSIONS],
+)
 def test_replay_is_bitwise_a_run_that_never_saw_the_rows_under_every_admission(name):
     made = Made(admission=ADMISSIONS[name], verify="bitwise")
     gone = {4, 5, 21}  # a whole step, and half of one
@@ -63,6 +69,7 @@ def test_a_second_deletion_starts_where_the_first_left_off():
         made.unlearner.forget(second.params, second.opt_state, [7], data=DATA)
 
 
+@pytest.mark.slow
 def test_rows_are_divided_by_those_left_or_by_those_scheduled():
     runs = {}
     for normalizer in ("kept", "batch"):
@@ -132,6 +139,7 @@ def _contracting(mode, **changes):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_where_nothing_is_left_nothing_is_done_and_the_published_step_would_do_harm():
     """At lag 400 the run has contracted to one that never held the row."""
     data = streams.make_data(num_rows=1680, dim=5)
@@ -208,7 +216,9 @@ def test_a_step_longer_than_the_noise_was_made_for_is_refused():
         made.unlearner.forget(params, state, [39], data=DATA)
 
 
-@pytest.mark.parametrize("mode", ["tangent", "drop_pair", "paper"])
+@pytest.mark.parametrize(
+    "mode", ["drop_pair", *(pytest.param(m, marks=pytest.mark.slow) for m in ("tangent", "paper"))]
+)
 def test_the_other_modes_promise_nothing(mode):
     made = Made(mode)
     params, state = train(made, DATA, STEPS, streams.start())
@@ -221,6 +231,7 @@ def test_the_other_modes_promise_nothing(mode):
     assert result.info.measurements["influence"] > 0
 
 
+@pytest.mark.slow
 def test_the_published_step_back_is_further_from_the_target_than_first_order_is():
     gaps = {}
     for mode in ("replay", "tangent", "paper"):

@@ -77,6 +77,7 @@ def test_the_first_published_code(x64):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_the_last_published_code(x64):
     """D / sqrt(S) steps, damped pairs, gamma at most 1, parameters scaled back after the pair."""
     with np.load(streams.golden("urm_memory_pair_trace_a.npz")) as file:

@@ -155,6 +155,7 @@ def test_first_order_is_exact_where_the_loss_is_quadratic(x64):
         assert float(output.influence[streams.INSERTS]) > 1e-4
 
 
+@pytest.mark.slow
 def test_first_order_is_close_where_it_is_not_and_says_when_it_cannot_be(x64):
     data, params = streams.make_data(np.float64), streams.start(jnp.float64)
     script = [*streams.inserts(), (DELETE, [40])]
@@ -221,6 +222,7 @@ def test_the_odometer_stops_the_stream_and_leaves_the_model_alone():
     assert tree.same_bits(learned(state), learned(shorter))
 
 
+@pytest.mark.slow
 def test_a_step_beyond_the_sensitivity_is_exhaustion_too():
     tight = accounting.DeletionOdometer(max_deletions=9, noise_stddev=0.01, sensitivity=1e-6)
     changes = {"paper": PAPER, "nothing_below": None, "odometer": tight}
@@ -232,7 +234,7 @@ def test_a_step_beyond_the_sensitivity_is_exhaustion_too():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("mode", ["replay", "paper"])
+@pytest.mark.parametrize("mode", ["replay", pytest.param("paper", marks=pytest.mark.slow)])
 def test_an_event_needs_no_second_copy_of_the_ledger(mode):
     made = streams.unlearner(mode, max_steps=50_000, num_examples=100_000)
     event = jax.tree.map(lambda leaf: leaf[0], events_of(streams.inserts(), DATA))
@@ -245,6 +247,7 @@ def test_an_event_needs_no_second_copy_of_the_ledger(mode):
     assert memory.temp_size_in_bytes < 0.2 * num_bytes
 
 
+@pytest.mark.slow
 def test_it_survives_donation_event_by_event():
     made = streams.unlearner()
     script = [*streams.inserts(6), (DELETE, [5])]
