@@ -11,11 +11,11 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
 from _alignment import interventions as act
 from _alignment.cells import COSTS, Cell
-from _alignment.report import PRICES, QUESTIONS, pivot, price_of
+from _alignment.report import PRICES, QUESTIONS, number, pivot, price_of, spread_of
 
 BLUE, GOLD, RED, INK, FAINT = "#2a6f97", "#c9a227", "#b4424a", "#2b2d33", "#b9bcc4"
 LINES = (BLUE, RED, GOLD, "#5b8e55", "#7a5195", "#d17b49", "#4d9aa6", "#8b6b4a", INK)
-LEAST = 1e-4
+LEAST = 1e-3
 """Shares below this are drawn as this."""
 MARKS = (
     (act.PARAMETERS, RED, "o", "weights corrected, memory as it was"),
@@ -54,12 +54,13 @@ def _weights(cells: list[Cell]):
     axis.set_xlabel("error of the next update, relative to doing nothing (dashed)", color=INK)
     for _, colour, marker, label in MARKS:
         axis.plot([], [], marker, color=colour, label=label)
-    axis.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, fontsize=8.5,
-        handletextpad=0.2, columnspacing=1.2,
+    figure.legend(
+        loc="upper left", bbox_to_anchor=(0.0, 1 - 0.55 / figure.get_figheight()), ncols=3,
+        frameon=False, fontsize=9, handletextpad=0.2, columnspacing=1.2,
     )  # fmt: skip
+    axis.set_ylim(-0.6, len(cells) - 0.4)
     lags = ", ".join(sorted({str(pivot(c)) for c in cells}))
-    _finish(figure, axis, "weights", f"row used {lags} steps ago; lines: 95 % intervals")
+    _finish(figure, axis, "weights", f"row used {lags} steps ago; {spread_of(cells)}\n")
     return figure
 
 
@@ -94,12 +95,13 @@ def _lag(cells: list[Cell]):
     line = lambda name: pyplot.Line2D([], [], color=colours[name], marker="o", ms=4, label=name)
     handles = [line(name) for name in colours]
     top = 1 - 0.36 / figure.get_figheight()
-    figure.suptitle(QUESTIONS["lag"], x=0.02, ha="left", weight="bold", fontsize=13, color=INK)
+    figure.text(0.012, 0.012, f"nothing done; {spread_of(cells)}", fontsize=9, color=INK)
+    figure.suptitle(QUESTIONS["lag"], x=0.012, ha="left", weight="bold", fontsize=13, color=INK)
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(0.012, top),
         ncols=min(len(handles), 3 * width), frameon=False, fontsize=8.5,
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.75 / figure.get_figheight()))
+    figure.tight_layout(rect=(0, 0.03, 1, 1 - 0.75 / figure.get_figheight()))
     return figure
 
 
@@ -132,9 +134,9 @@ def _price(cells: list[Cell]):
     )  # fmt: skip
     for (row, column), share in np.ndenumerate(shares):
         if not np.isnan(share):
-            strong = share < 3e-3 or share > 8
+            strong = share < 2e-2 or share > 5
             axis.text(
-                column, row, _text(share), ha="center", va="center", fontsize=9,
+                column, row, number(share), ha="center", va="center", fontsize=9,
                 color="white" if strong else INK,
             )  # fmt: skip
     for place, cost in enumerate(COSTS):
@@ -142,7 +144,7 @@ def _price(cells: list[Cell]):
         axis.text(x, -0.75, PRICES[place].replace(" ", "\n"), ha="center", va="bottom", fontsize=9)
         for row, name in enumerate(names):
             value = price_of(group, name, cost)
-            text = "oracle" if value is None and place == 0 else _text(value)
+            text = "oracle" if value is None and place == 0 else number(value)
             axis.text(x, row, text, ha="center", va="center", fontsize=9, color=INK)
     axis.set_xlim(-0.5, len(group) + 3.5)
     axis.set_xticks(range(len(group)), [c.optimizer.replace(", ", "\n") for c in group], fontsize=9)
@@ -158,14 +160,6 @@ def _price(cells: list[Cell]):
         "the training state, more gradients a training step",
     )  # fmt: skip
     return figure
-
-
-def _text(value: float | None) -> str:
-    if value is None:
-        return ""
-    if value == 0:
-        return "0"
-    return f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:.2g}"
 
 
 def _finish(figure, axis, key: str, note: str) -> None:

@@ -94,7 +94,7 @@ def _by_problem(cells: list[Cell]) -> list[list[Cell]]:
 
 def _prices(group: list[Cell], name: str) -> list[str]:
     """Medians over the optimizers of a problem."""
-    return [_number(price_of(group, name, cost)) for cost in COSTS]
+    return [number(price_of(group, name, cost)) for cost in COSTS]
 
 
 def price_of(group: list[Cell], name: str, cost: str) -> float | None:
@@ -108,17 +108,28 @@ def _share(cell: Cell, name: str, lag: int, measure: str) -> str:
     if name not in cell.shares:
         return ""
     found = cell.shares[name][lag][measure]
-    return "" if found is None else _number(found.median)
+    return "" if found is None else number(found.median)
 
 
 def _error(found: Summary) -> str:
     return f"{found.median:.2g}"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Two digits; nothing for None."""
     if value is None:
         return ""
-    return "0" if value == 0 else f"{value:.0e}" if value < 1e-3 else f"{value:.2g}"
+    if value == 0 or value >= 10:
+        return f"{value:.0f}"
+    return f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:.2g}"
+
+
+def spread_of(cells: list[Cell]) -> str:
+    """What the intervals are."""
+    seeds = sorted({cell.seeds for cell in cells})
+    if seeds[0] >= 6:  # fewer have no interval that holds the median with that probability
+        return f"medians of {seeds[0]} seeds with 95 % intervals"
+    return f"medians of {seeds[0]} seeds, from the least to the largest"
 
 
 def _blanks(cells: list[Cell]) -> None:
