@@ -43,11 +43,14 @@ def _weights(cells: list[Cell]):
         found = [(cell.shares[name][pivot(cell)]["direction"], c, m) for name, c, m, _ in MARKS]
         ends = [one.median for one, *_ in found if one and one.median > 0]
         axis.plot([min(ends), max(ends)], [place, place], color=FAINT, lw=2, zorder=1)
-        for one, colour, marker in found:
+        for (one, colour, marker), lift in zip(found, (0.16, 0.0, -0.16), strict=True):
             if one is None:
                 continue
-            axis.plot([max(one.low, LEAST), max(one.high, LEAST)], [place] * 2, color=colour, lw=1)
-            axis.plot(max(one.median, LEAST), place, marker, color=colour, ms=7, zorder=3)
+            ends, at = [max(one.low, LEAST), max(one.high, LEAST)], max(one.median, LEAST)
+            axis.plot(ends, [place + lift] * 2, color=colour, lw=1)
+            axis.plot(at, place + lift, marker, color=colour, ms=6.5, zorder=3)
+            if one.median == 0:
+                axis.annotate("0", (at, place), (9, 0), textcoords="offset points", va="center")
     axis.axvline(1, color=INK, lw=1, ls=(0, (4, 3)), zorder=0)
     axis.set_xscale("log")
     axis.set_yticks(range(len(cells)), [c.name for c in reversed(cells)])
@@ -72,10 +75,11 @@ def _lag(cells: list[Cell]):
     figure, axes = pyplot.subplots(
         height, width, figsize=(4.3 * width, 3.1 * height + 0.9), squeeze=False, sharey=True
     )
-    colours = dict(zip(dict.fromkeys(cell.optimizer for cell in cells), LINES, strict=False))
+    with_memory = [cell.optimizer for cell in cells if _memory_errors(cell)]
+    colours = dict(zip(dict.fromkeys(with_memory), LINES, strict=False))
     for axis, name in zip(axes.flat, problems, strict=False):
         for cell in cells:
-            if cell.problem == name:
+            if cell.problem == name and cell.optimizer in colours:
                 _lag_line(axis, cell, colours[cell.optimizer])
         axis.set_title(name, loc="left", fontsize=10.5, color=INK)
         axis.set_xscale("log")
@@ -101,19 +105,22 @@ def _lag(cells: list[Cell]):
         handles=handles, loc="upper left", bbox_to_anchor=(0.012, top),
         ncols=min(len(handles), 3 * width), frameon=False, fontsize=8.5,
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.03, 1, 1 - 0.75 / figure.get_figheight()))
+    figure.tight_layout(rect=(0, 0.03, 1, 1 - 0.62 / figure.get_figheight()))
     return figure
 
 
 def _lag_line(axis, cell: Cell, colour: str) -> None:
-    found = [cell.errors[act.NOTHING][lag]["memory"] for lag in cell.lags]
-    shown = [(lag, one) for lag, one in zip(cell.lags, found, strict=True) if one.median > 0]
-    if not shown:  # it has no memory
-        return
+    shown = _memory_errors(cell)
     lags = [lag for lag, _ in shown]
     axis.plot(lags, [one.median for _, one in shown], "-o", color=colour, lw=1.8, ms=4)
     low, high = ([getattr(one, end) for _, one in shown] for end in ("low", "high"))
     axis.fill_between(lags, low, high, color=colour, alpha=0.13, lw=0)
+
+
+def _memory_errors(cell: Cell) -> list[tuple]:
+    """(lag, error of the memory operator); none for an optimizer without memory."""
+    found = [(lag, cell.errors[act.NOTHING][lag]["memory"]) for lag in cell.lags]
+    return [(lag, one) for lag, one in found if one.median > 0]
 
 
 def _price(cells: list[Cell]):

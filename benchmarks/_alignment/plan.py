@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
+from _alignment import interventions as act
 from _alignment.cells import Cell, measure
 from _alignment.optimizers import OPTIMIZERS
 from _alignment.problems import is_here
@@ -26,16 +27,22 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How long a stream is, how far back deletions reach, how many seeds there are."""
+    """How long a stream is, how far back deletions reach, how many seeds, and what is tried."""
 
     num_steps: int
     lags: tuple[int, ...]
     seeds: int
+    interventions: tuple[str, ...] = act.INTERVENTIONS
 
 
 MOMENTUM, ADAM, LBFGS = "momentum", "Adam, eps 1e-3", "online L-BFGS"
 FULL_SIZE = Size(num_steps=440, lags=(1, 5, 20, 100, 400), seeds=10)
-QUICK_SIZE = Size(num_steps=60, lags=(1, 5, 20), seeds=3)
+QUICK_SIZE = Size(
+    num_steps=60,
+    lags=(1, 5, 20),
+    seeds=3,
+    interventions=tuple(name for name in act.INTERVENTIONS if "rebuilt" not in name),
+)
 FULL = (
     *(Spec(name) for name in OPTIMIZERS),
     *(Spec(name, "ridge") for name in (MOMENTUM, LBFGS, "online Newton")),
@@ -58,7 +65,8 @@ def run(
         for spec in found:
             cell = measure(
                 spec.loss, spec.data, spec.optimizer, epochs=spec.epochs,
-                num_steps=size.num_steps, lags=size.lags, seeds=size.seeds, advance=advance,
+                num_steps=size.num_steps, lags=size.lags, seeds=size.seeds,
+                interventions=size.interventions, advance=advance,
             )  # fmt: skip
             report(cell)
             yield cell

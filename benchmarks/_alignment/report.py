@@ -16,6 +16,8 @@ QUESTIONS = {
     "price": "What does each intervention buy, and for what?",
 }
 PRICES = ("gradients", "seconds", "copies", "while training")
+SHARED = ("state", "direction")
+"""Of the measures whose shares are kept; the others follow from the errors."""
 HALVES = (act.PARAMETERS, act.MEMORY, act.PARAMETERS_RESET, act.PARAMETERS_REBUILT, act.REPLAY)
 
 
@@ -158,15 +160,15 @@ def _cell_as_json(cell: Cell) -> dict[str, Any]:
     for name in cell.errors:
         found[name] = {
             "errors": _columns(cell.errors[name], cell.lags),
-            "shares_of_doing_nothing": _columns(cell.shares[name], cell.lags),
+            "shares_of_doing_nothing": _columns(cell.shares[name], cell.lags, SHARED),
             "costs": {c: [_round(cell.costs[name][lag][c]) for lag in cell.lags] for c in COSTS},
         }
     return flat | {"interventions": found}
 
 
-def _columns(table, lags) -> dict[str, Any]:
+def _columns(table, lags, measures=MEASURES) -> dict[str, Any]:
     parts = {}
-    for measure in MEASURES:
+    for measure in measures:
         column = [table[lag][measure] for lag in lags]
         if any(one is not None for one in column):
             parts[measure] = {
