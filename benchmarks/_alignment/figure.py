@@ -30,7 +30,7 @@ def draw(stem: pathlib.Path, cells: list[Cell]) -> list[pathlib.Path]:
     for key, make in (("weights", _weights), ("lag", _lag), ("price", _price)):
         figure = make(cells)
         paths.append(stem.with_name(f"{stem.name}_{key}.png"))
-        figure.savefig(paths[-1], dpi=140)
+        figure.savefig(paths[-1], dpi=110)
         pyplot.close(figure)
     return paths
 
@@ -49,7 +49,7 @@ def _weights(cells: list[Cell]):
             ends, at = [max(one.low, LEAST), max(one.high, LEAST)], max(one.median, LEAST)
             axis.plot(ends, [place + lift] * 2, color=colour, lw=1)
             axis.plot(at, place + lift, marker, color=colour, ms=6.5, zorder=3)
-            if one.median == 0:
+            if one.median == 0 and lift == 0:
                 axis.annotate("0", (at, place), (9, 0), textcoords="offset points", va="center")
     axis.axvline(1, color=INK, lw=1, ls=(0, (4, 3)), zorder=0)
     axis.set_xscale("log")
@@ -94,7 +94,7 @@ def _lag(cells: list[Cell]):
         axis.set_axis_off()
     for axis in axes[:, 0]:
         axis.set_ylabel("error of the memory operator", color=INK)
-    for axis in axes[-1]:
+    for axis in axes.flat[len(problems) - width : len(problems)]:
         axis.set_xlabel("steps since the row was used", color=INK)
     line = lambda name: pyplot.Line2D([], [], color=colours[name], marker="o", ms=4, label=name)
     handles = [line(name) for name in colours]

@@ -146,7 +146,7 @@ def _blanks(cells: list[Cell]) -> None:
 
 
 def as_json(cells: Iterable[Cell]) -> dict[str, Any]:
-    """By cell; figures are lists over lags, errors [median, low, high] in three lists."""
+    """By cell; figures are lists over lags."""
     return {cell.name: _cell_as_json(cell) for cell in cells}
 
 
@@ -167,22 +167,21 @@ def _cell_as_json(cell: Cell) -> dict[str, Any]:
 
 
 def _columns(table, lags, measures=MEASURES) -> dict[str, Any]:
+    """By measure, one text a lag: "median [low, high]"."""
     parts = {}
     for measure in measures:
         column = [table[lag][measure] for lag in lags]
         if any(one is not None for one in column):
-            parts[measure] = {
-                part: [None if one is None else _round(getattr(one, part)) for one in column]
-                for part in ("median", "low", "high")
-            }
+            parts[measure] = [None if one is None else _text(one) for one in column]
     return parts
 
 
-def _round(value: float | None) -> float | str | None:
-    """Three digits; infinity as a word, which JSON has no number for."""
-    if value is None:
-        return None
-    return float(f"{value:.3g}") if np.isfinite(value) else "inf"
+def _text(one: Summary) -> str:
+    return f"{one.median:.3g} [{one.low:.3g}, {one.high:.3g}]"
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
 
 
 def from_json(cases: dict[str, Any]) -> list[Cell]:
@@ -205,8 +204,10 @@ def from_json(cases: dict[str, Any]) -> list[Cell]:
 def _rows(columns, lags) -> dict[int, dict[str, Summary | None]]:
     def at(measure, i):
         column = columns.get(measure)
-        if column is None or column["median"][i] is None:
+        if column is None or column[i] is None:
             return None
-        return Summary(*(float(column[part][i]) for part in ("median", "low", "high")))
+        return Summary(
+            *(float(x) for x in column[i].replace("]", "").replace(" [", ", ").split(","))
+        )
 
     return {lag: {m: at(m, i) for m in MEASURES} for i, lag in enumerate(lags)}
