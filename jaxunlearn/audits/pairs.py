@@ -16,7 +16,7 @@ class Curvature(NamedTuple):
     """Curvature pairs oldest first; H is what BFGS makes of gamma I with them.
 
     clocks: when each pair came, to match it with the same pair of another state.
-    gamma: s'y / y'y of the newest pair, 1 without pairs.
+    gamma: s'y / y'y of the newest pair, 1 without pairs, unless replaced.
     """
 
     steps: Float64[np.ndarray, "m d"]
@@ -42,10 +42,37 @@ class Curvature(NamedTuple):
 
 def curvature_of(state: PyTree) -> Curvature | None:
     """The pairs of the one L-BFGS memory in `state`; None where there is none, or several."""
-    known = {"ScaleByLBFGSState": _of_optax, "LBFGSMemory": _of_kernels}
-    is_known = lambda node: type(node).__name__ in known and hasattr(node, "_fields")
-    nodes = [node for node in jax.tree.leaves(state, is_leaf=is_known) if is_known(node)]
-    return known[type(nodes[0]).__name__](nodes[0]) if len(nodes) == 1 else None
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_memory) if _is_memory(node)]
+    if len(nodes) != 1:
+        return None
+    return _of_optax(nodes[0]) if _is_optax(nodes[0]) else _of_kernels(nodes[0])
+
+
+def unread_leaves(state: PyTree, ideal: PyTree) -> tuple[str, ...]:
+    """Paths of the leaves that `curvature_of` does not read and in which the states differ."""
+    theirs = {jax.tree_util.keystr(path): leaf for path, leaf in _unread(ideal)}
+    ours = {jax.tree_util.keystr(path): leaf for path, leaf in _unread(state)}
+    same = lambda name: np.array_equal(ours[name], theirs[name], equal_nan=True)
+    return tuple(
+        name
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in ours or name not in theirs or not same(name)
+    )
+
+
+def _unread(state: PyTree) -> list[tuple[Any, np.ndarray]]:
+    """(path, leaf) beside the one memory; of Optax's, its unfinished pair."""
+
+    def without_pairs(node):
+        if not _is_memory(node):
+            return node
+        return {"params": node.params, "updates": node.updates} if _is_optax(node) else {}
+
+    rest = jax.tree.map(without_pairs, state, is_leaf=_is_memory)
+    is_key = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+    words = lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf
+    pairs, _ = jax.tree_util.tree_flatten_with_path(rest)
+    return [(path, np.asarray(words(leaf), np.float64)) for path, leaf in pairs]
 
 
 def norm_distance(one: Curvature, other: Curvature) -> float | None:
@@ -54,9 +81,21 @@ def norm_distance(one: Curvature, other: Curvature) -> float | None:
         return None
     with jax.enable_x64(True):
         first, second = _memory(one), _memory(other)
-        gap = lbfgs.operator_distance(first, second, scale=one.gamma, other_scale=other.gamma)
-        largest = lbfgs.eigenvalue_range(second, scale=other.gamma)[1]
-        return float(gap / largest)
+        return float(_relative_distance(first, second, one.gamma, other.gamma))
+
+
+@jax.jit
+def _relative_distance(first, second, scale, other_scale):
+    gap = lbfgs.operator_distance(first, second, scale=scale, other_scale=other_scale)
+    return gap / lbfgs.eigenvalue_range(second, scale=other_scale)[1]
+
+
+def _is_optax(node: Any) -> bool:
+    return type(node).__name__ == "ScaleByLBFGSState" and hasattr(node, "_fields")
+
+
+def _is_memory(node: Any) -> bool:
+    return _is_optax(node) or isinstance(node, lbfgs.LBFGSMemory)
 
 
 def _of_optax(node: Any) -> Curvature:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Key, PyTree
 
 from jaxunlearn import tree
 from jaxunlearn.audits.intervals import Interval, mean_interval
-from jaxunlearn.audits.pairs import curvature_of, norm_distance
+from jaxunlearn.audits.pairs import Curvature, curvature_of, norm_distance, unread_leaves
 from jaxunlearn.types import Batch, LossFn, Params, UnlearnerState
 
 TrainingState = tuple[Params, PyTree]
@@ -30,13 +30,15 @@ class StateAlignment:
     memory_error: mean over probes v of ||H v - H' v|| / ||H' v||, H and H' the actions of the two
       states on a vector, at the same parameters.
     memory_norm_error: ||H - H'||_2 / ||H'||_2, over all vectors; None where no exact form is known.
-    carry_error: ||H 0 - H' 0|| / ||H' 0||, what the states do without a gradient: momentum. 0 for
-      L-BFGS, whose action is linear.
+    carry_error: ||c - c'|| / ||c'||, c what `tx.update` makes of a gradient of zero: momentum.
     state_error: sqrt(a parameter_error^2 + b memory_error^2), (a, b) = `weights`.
-    update_error: mean over held-out batches of ||u - u'|| / ||u'||, u the next update of each
-      state from its own parameters; None without batches.
+    update_error: mean over held-out batches of ||u - u'|| / ||u'||, u the next `tx.update` of each
+      state from its own parameters, whatever H is; None without batches.
     update_cosine: of u and u', the same mean.
     operator: "inverse Hessian", "update" or "given".
+    unread: paths of the leaves in which the states differ though H, an inverse Hessian, does not
+      read them, so that memory_error and state_error know nothing of them: what momentum, step
+      sizes, counters and unfinished pairs are made of. Empty for another H.
     """
 
     parameter_error: float
@@ -48,6 +50,7 @@ class StateAlignment:
     update_error: Interval | None
     update_cosine: Interval | None
     operator: str
+    unread: tuple[str, ...]
     num_probes: int
     num_batches: int
 
@@ -77,15 +80,18 @@ def make_state_alignment(
     probe_scale: float | None = None,
     weights: tuple[float, float] = (1.0, 1.0),
     operator: Operator | None = None,
+    initial_scale: Callable[[float], float] | None = None,
     confidence: float = 0.95,
 ) -> Callable[[TrainingState, TrainingState], StateAlignment]:
     """The four measures for the states of one optimizer, compiled once.
 
     The action H of a state on a vector is, for a state with one L-BFGS memory (`optax.lbfgs`,
-    `kernels.lbfgs`), the inverse Hessian of its pairs. For any other it is
-    `tx.update(v, state, w')[0]`: for Adam and RMSProp the preconditioned step, for momentum v plus
-    the carry, at the counterfactual parameters w' for both states, so that the figure is of the
-    memory alone.
+    `kernels.lbfgs`), the inverse Hessian of its pairs, exact and without what stands around it: a
+    rate, momentum, the pair that Optax has not finished (`StateAlignment.unread` names it). For any
+    other it is `tx.update(v, state, w')[0]`: for Adam and RMSProp the preconditioned step, for
+    momentum v plus the carry, at the counterfactual parameters w' for both states, so that the
+    figure is of the memory alone. Carry and next update are those of `tx.update` for all; it gets
+    `value`, `grad` and `value_fn`, for a line search or online L-BFGS.
 
     Args:
       tx: whose states they are.
@@ -99,14 +105,18 @@ def make_state_alignment(
         larger than a gradient tells nothing of second moments: it drowns them.
       weights: of the squares in `state_error`.
       operator: (params, state, vector) -> vector instead of H, for a state that acts otherwise.
+      initial_scale: gamma -> c, for an inverse Hessian that starts from c I and not from gamma I,
+        gamma = s'y / y'y of the newest pair: `lambda gamma: 1.0` for `scale_init_precond=False`,
+        `lambda gamma: np.clip(gamma, *scale_range)` for `online_lbfgs(scale_range=...)`.
       confidence: of the intervals.
 
     Returns:
       A function ((params, state), (params, state) of the counterfactual) -> `StateAlignment`.
       States may be an `UnlearnerState`, whose record is not looked at.
 
-    Cost: 2 num_probes updates of `tx`, and two gradients and updates a batch; L-BFGS on the host,
-      4 m num_probes parameter counts of float64 work, and `kernels.lbfgs.operator_distance`.
+    Cost: 2 num_probes updates of `tx`, and three gradients and two updates a batch; H of L-BFGS on
+      the host, 4 m num_probes parameter counts of float64 work, and
+      `kernels.lbfgs.operator_distance`.
 
     References: the measures' names, Stewart 2026, arXiv 2605.17590, abstract; the formulas are not
       the paper's.
@@ -117,9 +127,8 @@ def make_state_alignment(
         raise ValueError("Expected loss_fn with batches: the update error needs gradients.")
     if min(weights) < 0:
         raise ValueError(f"Expected weights={weights} >= 0.")
-    plain = optax.with_extra_args_support(tx).update
-    act = jax.jit(operator or (lambda params, state, v: plain(v, state, params)[0]))
-    gradient = jax.jit(lambda p, b: jax.tree.map(_plus(l2), jax.grad(loss_fn)(p, b), p))  # type: ignore[arg-type]
+    update, next_update, gradient = _updates_of(tx, loss_fn, l2)
+    act = jax.jit(operator) if operator else update
 
     def probes_like(params, gradients):
         leaves, structure = jax.tree.flatten(params)
@@ -137,18 +146,22 @@ def make_state_alignment(
     def measure(actual: TrainingState, counterfactual: TrainingState) -> StateAlignment:
         (params, state), (ideal, ideal_state) = map(_opened, (actual, counterfactual))
         curves = [] if operator else [curvature_of(state), curvature_of(ideal_state)]
-        found = [c for c in curves if c and c.steps.shape[1] == tree.num_parameters(ideal)]
+        found = [
+            _rescaled(c, initial_scale)
+            for c in curves
+            if c and c.steps.shape[1] == tree.num_parameters(ideal)
+        ]
         linear = len(found) == 2
         if linear:
-            run = [lambda at, v, c=curve: c(_flat(v)[None])[0] for curve in found]
+            run = [lambda v, c=curve: c(_flat(v)[None])[0] for curve in found]
         else:
-            run = [lambda at, v, s=one: _flat(act(at, s, v)) for one in (state, ideal_state)]
-        theirs = [gradient(ideal, batch) for batch in batches]
-        ours = [gradient(params, batch) for batch in batches]
-        probes = probes_like(ideal, theirs)
+            run = [lambda v, s=one: _flat(act(ideal, s, v)) for one in (state, ideal_state)]
+        probes = probes_like(ideal, [gradient(ideal, batch) for batch in batches])
         nothing = jax.tree.map(jnp.zeros_like, ideal)
-        memory = [_gap(run[0](ideal, v), run[1](ideal, v)) for v in probes]
-        moves = [(run[0](params, g), run[1](ideal, h)) for g, h in zip(ours, theirs)]
+        carries = [_flat(update(ideal, one, nothing)) for one in (state, ideal_state)]
+        memory = [_gap(run[0](v), run[1](v)) for v in probes]
+        step = lambda at, one, batch: _flat(next_update(at, one, batch))
+        moves = [(step(params, state, b), step(ideal, ideal_state, b)) for b in batches]
         parameter_error = tree.relative_distance(params, ideal)
         memory_error = mean_interval(memory, confidence=confidence)
         summary = lambda of: mean_interval([of(*m) for m in moves], confidence=confidence)
@@ -156,7 +169,7 @@ def make_state_alignment(
             parameter_error=parameter_error,
             memory_error=memory_error,
             memory_norm_error=norm_distance(*found) if linear else None,
-            carry_error=_gap(run[0](ideal, nothing), run[1](ideal, nothing)),
+            carry_error=_gap(*carries),
             state_error=float(
                 np.sqrt(weights[0] * parameter_error**2 + weights[1] * memory_error.value**2)
             ),
@@ -164,6 +177,7 @@ def make_state_alignment(
             update_error=summary(_gap) if moves else None,
             update_cosine=summary(_cosine) if moves else None,
             operator="given" if operator else "inverse Hessian" if linear else "update",
+            unread=unread_leaves(state, ideal_state) if linear else (),
             num_probes=num_probes,
             num_batches=len(batches),
         )
@@ -177,8 +191,36 @@ def _opened(pair: TrainingState) -> tuple[Params, PyTree]:
     return params, state.inner if isinstance(state, UnlearnerState) else state
 
 
-def _plus(l2: float):
-    return lambda g, p: g + l2 * p if l2 else g
+def _updates_of(tx, loss_fn: LossFn | None, l2: float):
+    """What `tx` does with a vector, and with a batch's gradient; and that gradient. Compiled.
+
+    (params, state, vector) -> updates, the loss being linear with the vector for its slope;
+    (params, state, batch) -> updates;  (params, batch) -> gradient.
+    """
+    plain = optax.with_extra_args_support(tx).update
+
+    def take(params, state, grads, value_fn):
+        extra = {"value": value_fn(params), "grad": grads, "value_fn": value_fn}
+        return plain(grads, state, params, **extra)[0]
+
+    def update(params, state, vector):
+        change = lambda p: jax.tree.map(jnp.subtract, p, params)
+        return take(params, state, vector, lambda p: tree.vdot(vector, change(p)))
+
+    def objective(params, batch):
+        return loss_fn(params, batch) + (l2 / 2 * tree.vdot(params, params) if l2 else 0)  # type: ignore[misc]
+
+    def next_update(params, state, batch):
+        at = lambda p: objective(p, batch)
+        return take(params, state, jax.grad(at)(params), at)
+
+    return jax.jit(update), jax.jit(next_update), jax.jit(jax.grad(objective))
+
+
+def _rescaled(curvature: Curvature, initial_scale) -> Curvature:
+    if initial_scale is None:
+        return curvature
+    return curvature._replace(gamma=float(initial_scale(curvature.gamma)))
 
 
 def _flat(vector: PyTree) -> np.ndarray:

@@ -46,7 +46,7 @@ def test_the_bounds_on_the_null_accept_the_right_level_and_reject_three_times_it
     assert within(0.15) < 0.05
 
 
-@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("paired", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_under_the_null_it_rejects_as_often_as_its_level_says(paired):
     def measure(rng, seed):
         first, second = states(rng)
@@ -55,6 +55,7 @@ def test_under_the_null_it_rejects_as_often_as_its_level_says(paired):
     assert null_is_kept(measure)
 
 
+@pytest.mark.slow
 def test_a_probe_that_saw_the_runs_it_is_asked_about_would_be_found_out(monkeypatch):
     """The mutant: scores of training runs against a null of held-out ones."""
     module = __import__("jaxunlearn.audits.residue", fromlist=["residue"])
@@ -108,6 +109,13 @@ def test_the_detectable_accuracy_is_that_of_the_binomial():
     tail = lambda needed, q: scipy.stats.binom.sf(needed - 1, 40, q)
     needed = next(k for k in range(41) if tail(k, p) <= result.power + 1e-9)
     assert np.isclose(tail(needed, p), 0.8, atol=1e-6)
+
+
+def test_the_p_value_comes_first_and_the_interval_says_what_it_assumes():
+    result = residue(*states(np.random.default_rng(1), n=12), seed=0, **FEW)
+    text = str(result)
+    assert text.startswith(f"p = {result.p_value:.3g} by permutation")
+    assert "if held-out runs were independent" in text
 
 
 def test_few_runs_say_that_they_can_find_nothing():

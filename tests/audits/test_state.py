@@ -7,7 +7,8 @@ import optax
 import pytest
 import scipy.stats
 
-from jaxunlearn import UnlearnerState, audits
+from jaxunlearn import UnlearnerState, audits, transforms
+from jaxunlearn.audits.pairs import curvature_of
 from jaxunlearn.kernels import lbfgs
 from tests.compiled_once import compiled_once
 
@@ -53,10 +54,10 @@ def gradient(w, batch):
     return batch["x"].T @ (batch["x"] @ w - batch["y"]) / len(batch["y"])
 
 
-def dense_inverse(pairs, size):
+def dense_inverse(pairs, size, scale=None):
     """H by the textbook's dense update, from gamma of the newest pair."""
     s, y = pairs[-1]
-    inverse = (s @ y) / (y @ y) * np.eye(size)
+    inverse = ((s @ y) / (y @ y) if scale is None else scale) * np.eye(size)
     for s, y in pairs:
         left = np.eye(size) - np.outer(s, y) / (s @ y)
         inverse = left @ inverse @ left.T + np.outer(s, s) / (s @ y)
@@ -71,11 +72,26 @@ def draw_pairs(seed, count):
     return [(s, hessian @ s) for s in rng.normal(size=(count, SIZE))]
 
 
-def kernel_memory(pairs, slots):
+def online(pairs, slots):
+    """The state of `online_lbfgs` with these pairs."""
     memory = lbfgs.init(as_params(np.zeros(SIZE)), slots)
+    push = jax.jit(lbfgs.push)
     for s, y in pairs:
-        memory, _ = lbfgs.push(memory, as_params(s), as_params(y))
-    return memory
+        memory, _ = push(memory, as_params(s), as_params(y))
+    return (
+        transforms.online_lbfgs(loss_fn).init(as_params(np.zeros(SIZE)))._replace(curvature=memory)
+    )
+
+
+def last_point(pairs):
+    """Parameters and gradient that `optax_memory` leaves for the next step to make a pair of."""
+    return sum(s for s, _ in pairs), sum(y for _, y in pairs)
+
+
+def finished(pairs, w, g, slots):
+    """The pairs that Optax has when it takes the step at w: the waiting one among them."""
+    last, before = last_point(pairs)
+    return [*pairs, (w - last, g - before)][-slots:]
 
 
 # --- L-BFGS -------------------------------------------------------------------------------------
@@ -84,9 +100,10 @@ def kernel_memory(pairs, slots):
 @pytest.mark.parametrize("kind", ["kernels", "optax"])
 def test_an_lbfgs_state_acts_as_its_dense_inverse_hessian_and_its_norm_is_exact(x64, kind):
     one, other = draw_pairs(1, 6), draw_pairs(2, 6)
-    make = {"kernels": kernel_memory, "optax": optax_memory}[kind]
+    make = {"kernels": online, "optax": optax_memory}[kind]
     states = [(as_params(np.zeros(SIZE) + 1), make(pairs, 4)) for pairs in (one, other)]
-    tx = optax.scale_by_lbfgs(memory_size=4)
+    online_tx = transforms.online_lbfgs(None, learning_rate=0.1, memory_size=4)
+    tx = {"kernels": online_tx, "optax": optax.scale_by_lbfgs(memory_size=4)}[kind]
     measured = audits.state_alignment(
         *states, tx=tx, loss_fn=loss_fn, batches=BATCHES, key=KEY, num_probes=5, probe_scale=1.0
     )
@@ -94,30 +111,91 @@ def test_an_lbfgs_state_acts_as_its_dense_inverse_hessian_and_its_norm_is_exact(
     assert measured.operator == "inverse Hessian"
     exact = np.linalg.norm(h - ideal, 2) / np.linalg.norm(ideal, 2)
     assert np.isclose(measured.memory_norm_error, exact, rtol=1e-6)
-    g = [gradient(np.ones(SIZE), batch) for batch in BATCHES]
-    gaps = [np.linalg.norm((h - ideal) @ v) / np.linalg.norm(ideal @ v) for v in g]
+    w, moves = np.ones(SIZE), []
+    for v in (gradient(w, batch) for batch in BATCHES):
+        held = [pairs[-4:] for pairs in (one, other)]
+        if kind == "optax":
+            held = [finished(pairs, w, v, 4) for pairs in (one, other)]
+        moves.append([dense_inverse(pairs, SIZE) @ v for pairs in held])
+    gaps = [np.linalg.norm(u - v) / np.linalg.norm(v) for u, v in moves]
     assert np.isclose(measured.update_error.value, np.mean(gaps), rtol=1e-6)
-    cosines = [(h @ v) @ (ideal @ v) / np.linalg.norm(h @ v) / np.linalg.norm(ideal @ v) for v in g]
+    cosines = [u @ v / np.linalg.norm(u) / np.linalg.norm(v) for u, v in moves]
     assert np.isclose(measured.update_cosine.value, np.mean(cosines), rtol=1e-6)
     assert measured.parameter_error == measured.carry_error == 0.0
+    waiting = ("['params']['a']", "['params']['b']", "['updates']['a']", "['updates']['b']")
+    assert measured.unread == (waiting if kind == "optax" else ())
 
 
 def optax_memory(pairs, slots):
     """The state that `scale_by_lbfgs` has when these pairs have come."""
     tx = optax.scale_by_lbfgs(memory_size=slots)
     w, g = np.zeros(SIZE), np.zeros(SIZE)
-    state = tx.init(as_params(w))
-    _, state = tx.update(as_params(g), state, as_params(w))
+    state, update = tx.init(as_params(w)), jax.jit(tx.update)
+    _, state = update(as_params(g), state, as_params(w))
     for s, y in pairs:
         w, g = w + s, g + y
-        _, state = tx.update(as_params(g), state, as_params(w))
+        _, state = update(as_params(g), state, as_params(w))
     return state
+
+
+def test_a_step_size_that_went_wrong_shows_in_the_update_and_is_named():
+    """AdaptiveRate: the sum of squared gradients a million times as large, the same pairs."""
+    tx = transforms.online_lbfgs(loss_fn, learning_rate=transforms.AdaptiveRate(1.0))
+    good = online(draw_pairs(1, 3), 4)._replace(gradient_square_sum=jnp.float32(1e3))
+    spoilt = good._replace(gradient_square_sum=jnp.float32(1e9), num_online_steps=jnp.int32(500))
+    w = as_params(np.ones(SIZE))
+    measured = audits.state_alignment(
+        (w, spoilt), (w, good), tx=tx, loss_fn=loss_fn, batches=BATCHES, key=KEY, num_probes=2
+    )
+    assert measured.memory_error.value == measured.state_error == 0.0  # H is the same
+    assert np.isclose(measured.update_error.value, 1 - 1e-3, rtol=1e-3)
+    assert measured.unread == (".gradient_square_sum", ".num_online_steps")
+
+
+def test_momentum_before_an_lbfgs_memory_is_carried_and_named():
+    tx = optax.chain(optax.trace(0.9), optax.scale_by_lbfgs(memory_size=4))
+    memory = optax_memory(draw_pairs(1, 3), 4)
+    trace = optax.TraceState(as_params(np.ones(SIZE)))
+    spoilt = optax.TraceState(as_params(np.ones(SIZE) + 100))
+    w = as_params(np.ones(SIZE))
+    measured = audits.state_alignment(
+        (w, (spoilt, memory)), (w, (trace, memory)), tx=tx, key=KEY, num_probes=2
+    )
+    assert measured.memory_error.value == 0.0
+    assert measured.carry_error > 0.1
+    assert measured.unread == ("[0].trace['a']", "[0].trace['b']")
+
+
+def test_an_inverse_hessian_may_start_from_another_scale(x64):
+    one, other = draw_pairs(1, 3), draw_pairs(2, 3)
+    states = [(as_params(np.ones(SIZE)), optax_memory(pairs, 4)) for pairs in (one, other)]
+    measured = audits.state_alignment(
+        *states, tx=optax.scale_by_lbfgs(4, scale_init_precond=False), key=KEY, num_probes=2,
+        initial_scale=lambda gamma: 1.0,
+    )  # fmt: skip
+    h, ideal = (dense_inverse(pairs, SIZE, scale=1.0) for pairs in (one, other))
+    exact = np.linalg.norm(h - ideal, 2) / np.linalg.norm(ideal, 2)
+    assert np.isclose(measured.memory_norm_error, exact, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_search_along_the_line_gets_what_it_asks_for():
+    tx = optax.lbfgs(memory_size=2)
+    w = as_params(np.ones(SIZE))
+    fresh = tx.init(w)
+    held = (optax_memory(draw_pairs(1, 3), 2), *fresh[1:])
+    measured = audits.state_alignment(
+        (w, held), (w, fresh), tx=tx, loss_fn=loss_fn, batches=BATCHES, key=KEY, num_probes=2
+    )
+    assert 0 < measured.update_error.value < np.inf
+    assert measured.carry_error == 0.0
 
 
 def test_probes_of_an_lbfgs_state_agree_with_the_dense_matrices_on_average(x64):
     one, other = draw_pairs(1, 3), draw_pairs(2, 3)
-    states = [(as_params(np.ones(SIZE)), kernel_memory(pairs, 4)) for pairs in (one, other)]
-    measured = audits.state_alignment(*states, tx=optax.sgd(1.0), key=KEY, num_probes=400)
+    states = [(as_params(np.ones(SIZE)), online(pairs, 4)) for pairs in (one, other)]
+    tx = transforms.online_lbfgs(None, memory_size=4)
+    measured = audits.state_alignment(*states, tx=tx, key=KEY, num_probes=400)
     h, ideal = (dense_inverse(pairs, SIZE) for pairs in (one, other))
     v = np.random.default_rng(7).normal(size=(20000, SIZE))
     truth = np.mean(np.linalg.norm(v @ (h - ideal), axis=1) / np.linalg.norm(v @ ideal, axis=1))
@@ -126,13 +204,15 @@ def test_probes_of_an_lbfgs_state_agree_with_the_dense_matrices_on_average(x64):
 
 
 def test_equal_memories_are_at_distance_zero_and_so_are_two_of_one_operator(x64):
-    memory = kernel_memory(draw_pairs(1, 6), 4)
-    packed = lbfgs.drop(memory, jnp.zeros(4, bool))  # the same pairs in other slots
-    w = as_params(np.ones(SIZE))
-    for other in (memory, packed):
-        measured = audits.state_alignment((w, memory), (w, other), tx=optax.sgd(1.0), key=KEY)
+    state = online(draw_pairs(1, 6), 4)
+    # The same pairs in other slots.
+    packed = state._replace(curvature=jax.jit(lbfgs.drop)(state.curvature, jnp.zeros(4, bool)))
+    w, tx = as_params(np.ones(SIZE)), transforms.online_lbfgs(None, memory_size=4)
+    for other in (state, packed):
+        measured = audits.state_alignment((w, state), (w, other), tx=tx, key=KEY)
         assert measured.memory_error.value == measured.memory_norm_error == 0.0
         assert measured.state_error == 0.0
+        assert measured.unread == ()
 
 
 def test_a_pair_of_negative_curvature_acts_as_in_optax_and_has_no_norm(x64):
@@ -143,17 +223,13 @@ def test_a_pair_of_negative_curvature_acts_as_in_optax_and_has_no_norm(x64):
         (w, state),
         (w, other),
         tx=optax.scale_by_lbfgs(4),
-        loss_fn=loss_fn,
-        batches=BATCHES,
         key=KEY,
     )
     assert measured.memory_norm_error is None
     h, ideal = dense_inverse(pairs, SIZE), dense_inverse(draw_pairs(2, 3), SIZE)
-    gaps = [
-        np.linalg.norm((h - ideal) @ g) / np.linalg.norm(ideal @ g)
-        for g in (gradient(np.ones(SIZE), batch) for batch in BATCHES)
-    ]
-    assert np.isclose(measured.update_error.value, np.mean(gaps), rtol=1e-6)
+    for inverse, held in ((h, state), (ideal, other)):
+        found = curvature_of(held)(np.eye(SIZE))
+        np.testing.assert_allclose(found, inverse, rtol=1e-6, atol=1e-9)
 
 
 # --- any other optimizer ------------------------------------------------------------------------
