@@ -21,7 +21,7 @@ from jaxunlearn.records.ids import validate_ids
 from jaxunlearn.records.log import AnyArray, set_settings
 from jaxunlearn.records.replay import Penalty, wrapped_update
 from jaxunlearn.records.rows import RowReader
-from jaxunlearn.records.rules import Context, Rule, check_states, remake
+from jaxunlearn.records.rules import Context, Rule, Rules, check_states, remake, take_rules
 from jaxunlearn.types import Batch, LossFn, Params
 
 
@@ -32,15 +32,19 @@ class Rebuild:
     key: a typed key; chooses the rows, their order, and the keys of a loss that takes one.
     batch_size: rows of a mini-batch, as in training: second moments depend on it.
     num_batches: mini-batches whose gradients are taken, fewer where rows run out.
-    rules: for states of types that the library does not know; see `records.register_state`.
+    rules: for states of types that the library does not know. They go before those of
+      `records.register_state`, of which a `Rebuild` takes what is registered as it is made.
+    taken: all of these together.
     """
 
     key: Key[Array, ""]
     batch_size: int = 128
     num_batches: int = 16
     rules: Mapping[type, Rule] = dataclasses.field(default_factory=dict)
+    taken: Rules = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
+        object.__setattr__(self, "taken", take_rules(self.rules))
         for name in ("batch_size", "num_batches"):
             value = getattr(self, name)
             if isinstance(value, bool) or int(value) != value or value < 1:
@@ -51,11 +55,13 @@ class Rebuild:
     @property
     def assumption(self) -> str:
         """What a certificate has to say, whose promise covers a state remade in this way."""
+        own = f", and rules of its own ({'; '.join(self.taken.own)})" if self.taken.own else ""
         return (
             "The optimizer state is remade from the released parameters and the retained rows, and "
             "adds nothing to epsilon if what else it is made from depends on no row: the number of "
-            "updates, the optimizer with its schedule, and key, "
-            f"batch_size={self.batch_size} and num_batches={self.num_batches} of the rebuild."
+            "updates, the optimizer with its schedule and the hyperparameters that were set from "
+            f"outside (inject_hyperparams), and key, batch_size={self.batch_size} and "
+            f"num_batches={self.num_batches} of the rebuild{own}."
         )
 
 
@@ -127,8 +133,8 @@ def rebuild(
         public too. None takes those of `tx`.
 
     Returns:
-      A state with the avals of `tx.init(params)`. A pure function of the arguments, on one device
-      and version bit for bit.
+      A state with the avals of `tx.init(params)`. A pure function of the arguments and of the rules
+      that are registered when it is called, on one device and version bit for bit.
 
     Cost: `num_batches` gradients, 2 `num_steps` calls of `tx.update`, and m + 1 Hessian products
       over the sample for a memory of m pairs. Memory: the sampled rows, five parameter counts and
@@ -164,7 +170,7 @@ def make_rebuild(
     words = [int(word) for word in np.ravel(jax.random.key_data(options.key))]
 
     def check(params):
-        check_states(jax.eval_shape(init, params), options.rules)
+        check_states(jax.eval_shape(init, params), options.taken)
 
     def again(params, reader: RowReader, retained_ids, *, num_steps: int, settings=None):
         check(params)
@@ -224,7 +230,7 @@ def _make_drive(tx, loss_fn, options: Rebuild, penalty: Penalty):
                 product(params, rows, v, weights=kept, keys=row_keys), v
             ),
         )
-        inner = remake(driven, fresh, Context(num_steps, curvature), options.rules)
+        inner = remake(driven, fresh, Context(num_steps, curvature), options.taken)
         inner = set_settings(tree.match_weak_types(inner, fresh), settings)
         # Infinity is what a fresh line search holds for a value that it does not know.
         nans = [

@@ -1,5 +1,6 @@
 """Rules by which the parts of an optimizer's state are remade, and the refusal of unknown ones."""
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -70,8 +71,39 @@ _RULES: dict[tuple[str, str], Rule] = {
 }
 
 
+_LIBRARY = dict(_RULES)
+
+
+class Rules(NamedTuple):
+    """Rules by package and name of a type, as they stood when they were taken.
+
+    own: names of those that the library does not have, each with its rule's.
+    """
+
+    by_name: Mapping[tuple[str, str], Rule]
+    own: tuple[str, ...]
+
+
+def take_rules(given: Mapping[type, Rule]) -> Rules:
+    """Those of the library, those registered by now, and `given`, which goes before both.
+
+    >>> class LateState(NamedTuple):
+    ...     late: Array
+    >>> take_rules({LateState: as_fresh}).own[-1]
+    'LateState: as_fresh'
+    """
+    rules = _RULES | {_name_of(state_type): rule for state_type, rule in given.items()}
+    own = [(name[1], rule) for name, rule in rules.items() if _LIBRARY.get(name) != rule]
+    return Rules(
+        by_name=types.MappingProxyType(rules),
+        own=tuple(f"{name}: {getattr(rule, '__name__', rule)}" for name, rule in own),
+    )
+
+
 def register_state(state_type: type, rule: Rule) -> None:
-    """Say once how states of `state_type` are remade, for every later `rebuild`.
+    """Say once how states of `state_type` are remade, for every later `Rebuild` and `rebuild`.
+
+    A `Rebuild` takes the rules as it is made: what is registered after it changes nothing in it.
 
     >>> class SlowState(NamedTuple):
     ...     slow: Array
@@ -80,7 +112,7 @@ def register_state(state_type: type, rule: Rule) -> None:
     _RULES[_name_of(state_type)] = rule
 
 
-def check_states(fresh: PyTree, rules: Mapping[type, Rule]) -> None:
+def check_states(fresh: PyTree, rules: Rules) -> None:
     """Refuse a state with a part that no rule knows, by name. Shapes will do.
 
     Raises:
@@ -88,21 +120,17 @@ def check_states(fresh: PyTree, rules: Mapping[type, Rule]) -> None:
         chain, after one whose output cannot be driven (a line search, L-BFGS), so that what it was
         fed is unknown.
     """
-    _check(fresh, _named(rules), "state", after="")
+    _check(fresh, rules.by_name, "state", after="")
 
 
-def remake(driven: PyTree, fresh: PyTree, context: Context, rules: Mapping[type, Rule]) -> PyTree:
+def remake(driven: PyTree, fresh: PyTree, context: Context, rules: Rules) -> PyTree:
     """The state with every part remade by its rule."""
-    return _remake(driven, fresh, context, _named(rules))
+    return _remake(driven, fresh, context, rules.by_name)
 
 
 def _name_of(state_type: type) -> tuple[str, str]:
     """Package and name: optax moves its classes between modules."""
     return state_type.__module__.split(".")[0], state_type.__name__
-
-
-def _named(rules: Mapping[type, Rule]) -> dict[tuple[str, str], Rule]:
-    return _RULES | {_name_of(state_type): rule for state_type, rule in rules.items()}
 
 
 def _remake(driven, fresh, context, rules):

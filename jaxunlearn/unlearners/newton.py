@@ -99,7 +99,8 @@ def newton(
     Returns:
       An `Unlearner`. After `forget`, `inner` is `tx.init(released parameters)`, or with `rebuild`
       `records.rebuild(tx, loss_fn, released parameters, data, retained ids, num_steps=updates so
-      far, l2=l2)`: nothing of the state that was handed in enters it.
+      far, settings=records.get_settings(opt_state.inner), l2=l2)`: of the state handed in, nothing
+      but hyperparameters set from outside, which must be public (`tx.init` sets them anew).
       `forget_step` takes all rows, leading axis num_examples, weight 0 for those to forget and id
       -1 for those absent, and returns parameters WITHOUT noise.
 
@@ -110,8 +111,8 @@ def newton(
       The bound is not below the true gradient norm of the retained objective at the iterate.
       The noise of every release is fixed before the request, and the sum of what releases cost
       never exceeds the budget.
-      With `rebuild` the state is a function of released parameters, retained rows, and the number
-      of updates alone.
+      With `rebuild` the state is a function of released parameters, retained rows, the number of
+      updates and hyperparameters set from outside alone.
 
     Raises (forget):
       IdError, WrongStateError, MissingDataError, TrainingRecordError, CoupledLossError,
@@ -150,12 +151,12 @@ def newton(
 
     noise_of(1)  # refuse here what cannot be
 
-    def remade_inner(params, reader, batch, record):
+    def remade_inner(params, reader, batch, opt_state):
         if rebuilder is None:
             return fresh_inner(params)
-        retained = batch.ids[batch.weights > 0]
-        num_updates = int(record.participation.num_steps)
-        return rebuilder.again(params, reader, retained, num_steps=num_updates)
+        retained, settings = batch.ids[batch.weights > 0], records.get_settings(opt_state.inner)
+        done = int(opt_state.record.participation.num_steps)
+        return rebuilder.again(params, reader, retained, num_steps=done, settings=settings)
 
     def init(params):
         if rebuilder:
@@ -270,7 +271,7 @@ def newton(
             flat, noise_stddev=stddev, sensitivity=bound.distance, entropy=entropy
         )
         new_params = records.unflatten(release.values, params)
-        inner = remade_inner(new_params, reader, batch, record)
+        inner = remade_inner(new_params, reader, batch, opt_state)
         new_state = UnlearnerState(
             inner=tree.match_weak_types(inner, opt_state.inner),
             record=_next_record(record, ids, flat, new_params, charge),
@@ -296,17 +297,17 @@ def newton(
             ids, _ = check_request(params, opt_state, ids)
         except (errors.IdError, errors.TrainingRecordError, errors.BudgetExhaustedError) as error:
             return terms(feasible=False, reason=str(error))
-        count = tree.num_parameters(params)
+        stops = "unless the measured residual exceeds what is left of the budget"
         return terms(
             num_forgotten=len(ids),
             feasible=True,
-            reason="unless the measured residual exceeds what is left of the budget",
+            reason=stops if ids.size else "",
             num_steps=num_steps,
             num_gradients=8
             + 2 * num_steps * int(last.get("iterations", tree.num_parameters(params)))
             + (rebuild.num_batches if rebuild else 0),
             retrain_gradients=int(opt_state.record.participation.num_steps),
-            memory_bytes=int(last.get("bytes", 0)) + 80 * count,
+            memory_bytes=int(last.get("bytes", 0)) + 80 * tree.num_parameters(params),
         )
 
     return Unlearner(init, update, forget, quote, forget_step)

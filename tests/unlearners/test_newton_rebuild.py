@@ -15,7 +15,10 @@ from tests.conformance.cases import differing
 
 L2, KEY = 0.5, jax.random.key(4)
 REBUILD = records.Rebuild(key=KEY, batch_size=4, num_batches=3)
-TX = optax.adamw(optax.cosine_decay_schedule(0.1, 30))
+TX = optax.chain(
+    optax.inject_hyperparams(optax.adamw)(0.1),
+    optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, 30)),
+)
 
 
 @functools.cache
@@ -51,10 +54,10 @@ def trained(seed: int, seen: tuple[int, ...]):
 HISTORIES = {"one": (1, tuple(range(12)), [11]), "other": (2, (*range(11), 12), [12])}
 
 
-def remade_from(params):
+def remade_from(params, settings=None):
     return records.rebuild(
         TX, cases.squared_error, params, cases.make_data(), range(11), num_steps=7, key=KEY,
-        batch_size=4, num_batches=3, l2=L2,
+        batch_size=4, num_batches=3, l2=L2, settings=settings,
     )  # fmt: skip
 
 
@@ -74,10 +77,27 @@ def test_nothing_of_the_state_handed_in_enters_the_released_one():
     spoilt = state._replace(
         inner=jax.tree.map(lambda leaf: leaf + (1000 if leaf.dtype.kind == "f" else 3), state.inner)
     )
+    public = records.get_settings(state.inner)
+    spoilt = spoilt._replace(inner=records.set_settings(spoilt.inner, public))
     dirty = unlearner().forget(params, spoilt, [11], data=cases.make_data())
     same = remade_from(dirty.params)
     assert differing(dirty.opt_state.inner, same) == []
     assert int(clean.opt_state.inner[0].count) == int(dirty.opt_state.inner[0].count) == 7
+
+
+def test_a_rate_that_was_set_from_outside_stays_and_is_named_as_public():
+    params, state = trained(*HISTORIES["one"][:2])
+    settings = records.get_settings(state.inner)
+    settings = {
+        path: {**held, "learning_rate": jnp.float32(0.01)} for path, held in settings.items()
+    }
+    lowered = state._replace(inner=records.set_settings(state.inner, settings))
+    result = unlearner().forget(params, lowered, [11], data=cases.make_data())
+    inner = result.opt_state.inner
+    assert float(inner[0].hyperparams["learning_rate"]) == np.float32(0.01)
+    assert differing(inner, remade_from(result.params, settings)) == []
+    assumed = {a.name: a.text for a in result.info.certificate.assumptions}
+    assert "set from outside" in assumed["public rebuild"]
 
 
 def test_the_certificate_says_full_state_and_what_it_takes_on_trust():
