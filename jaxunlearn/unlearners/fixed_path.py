@@ -34,6 +34,12 @@ _PATH_STAYS = (
 )
 _PARAMS_STAY = "The parameters: they are returned as they were, and still carry the rows."
 
+_CONDITIONS = {
+    "off": "",
+    "report": "unless the recorded run, taken again, ends elsewhere than the given state",
+    "bitwise": "unless the recorded run, taken again, differs from the given state in any bit",
+}
+
 
 class FixedPathRecord(NamedTuple):
     """Who took part, the step log, purged states to start from, and the path.
@@ -91,7 +97,8 @@ def fixed_path(
       parameter counts for the path beside what `replay` takes.
 
     Cost: `update` writes one parameter count. `forget`: two gradients per step since the first use
-      of a forgotten id, one with verify="off".
+      of a forgotten id, one with verify="off"; it copies the path to the host, max_steps parameter
+      counts (`quote` counts them in memory_bytes).
     `forget_step` runs one segment from a state whose record stands at its first step.
 
     Guarantees:
@@ -135,10 +142,7 @@ def fixed_path(
     def update(updates, opt_state, params=None, *, batch=None, ids=None, key=None, **extra):
         del batch
         records.check_update(opt_state, params, ids, FixedPathRecord, "fixed_path")
-        if ids is not None and keyed and key is None:
-            raise ValueError("Expected key=step_key in update: the loss takes one.")
-        if ids is not None and jnp.shape(ids)[0] > batch_size:
-            raise ValueError(f"Expected at most {batch_size=} ids, got {jnp.shape(ids)[0]}.")
+        records.check_logged_step(ids, key, batch_size, keyed)
         ids = None if ids is None else jnp.asarray(ids)
         extras_seen.update(name for name in extra if name not in _RECOMPUTED)
         record, inner = opt_state.record, opt_state.inner
@@ -297,15 +301,16 @@ def fixed_path(
         record = opt_state.record
         _, start, stop = _span(record, jax.device_get(record.log), ids) if ids.size else (0, 0, 0)
         state_bytes = tree.num_bytes(params) + tree.num_bytes(opt_state.inner)
+        copied = tree.num_bytes((record.checkpoints, record.path_params))
         return Quote(
             num_forgotten=len(ids),
             feasible=True,
-            reason="",
+            reason=_CONDITIONS[verify] if ids.size else "",
             guarantee="heuristic",
             num_steps=stop - start,
             num_gradients=(1 if verify == "off" else 2) * (stop - start),
             retrain_gradients=int(record.participation.num_steps),
-            memory_bytes=tree.num_bytes(record.checkpoints) + 2 * state_bytes if ids.size else 0,
+            memory_bytes=copied + 2 * state_bytes if ids.size else 0,
         )
 
     return Unlearner(init, update, forget, quote, forget_step)

@@ -10,10 +10,12 @@ import pytest
 
 from jaxunlearn import errors, kernels, records, tree
 from jaxunlearn.unlearners import fixed_path
+from tests.compiled_once import compiled_once
 from tests.conformance import cases
 from tests.conformance.cases import differing, ids_of_step
 from tests.unlearners import _convex as convex
 
+__all__ = ["compiled_once"]  # a fixture: programs are compiled once a file
 pytestmark = pytest.mark.usefixtures("x64")
 RATE, B1, B2, EPS, STEPS, FORGET = 0.05, 0.9, 0.99, 1e-3, 9, [3, 5]
 DATA = cases.make_data()
@@ -68,7 +70,7 @@ def assert_flat(found, expected):
 # --- the closed forms --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("normalizer", ["batch", "kept"])
+@pytest.mark.parametrize("normalizer", [pytest.param("batch", marks=pytest.mark.slow), "kept"])
 def test_momentum_loses_what_the_rows_put_in_and_the_parameters_what_they_moved(normalizer):
     method = unlearner(optax.sgd(RATE, momentum=B1), normalizer=normalizer)
     (params, state), path = train(method)
@@ -103,6 +105,7 @@ def test_adam_moments_are_the_closed_form_and_the_parameters_its_direct_updates(
     assert_flat(result.params, moved)
 
 
+@pytest.mark.slow
 def test_an_average_of_gradients_is_the_closed_form():
     method = unlearner(optax.chain(optax.ema(B1, debias=False), optax.scale(-RATE)))
     (params, state), path = train(method)
@@ -112,6 +115,7 @@ def test_an_average_of_gradients_is_the_closed_form():
     assert_flat(result.opt_state.inner[0].ema, records.flatten(state.inner[0].ema) + part)
 
 
+@pytest.mark.slow
 def test_any_transform_is_folded_over_the_retained_gradients_at_the_recorded_parameters():
     tx = optax.chain(
         optax.clip_by_global_norm(0.5), optax.adamw(optax.cosine_decay_schedule(0.1, 9))
@@ -158,6 +162,7 @@ def test_two_deletions_in_a_row_equal_one_of_both():
     assert differing(both.opt_state.record.path_params, state.record.path_params) == []
 
 
+@pytest.mark.slow
 def test_training_between_two_deletions_goes_on_where_the_first_landed():
     method = unlearner(optax.sgd(RATE, momentum=B1))
     (params, state), path = train(method, steps=range(5))
@@ -179,6 +184,7 @@ def _scheduled_share(t, skipped):
     return len(scheduled) / np.sum(~np.isin(scheduled, skipped))
 
 
+@pytest.mark.slow
 def test_a_loss_with_a_key_gets_the_recorded_ones():
     def noisy(params, batch, key):
         return cases.squared_error(params, batch) + jax.random.uniform(key) * params["bias"]
@@ -231,6 +237,31 @@ def test_a_run_that_was_changed_outside_is_refused():
     assert unchecked.forget(other, state, FORGET, data=WIDE).info.measurements["verified"] == "no"
 
 
+def test_a_quote_counts_the_copy_of_the_path_and_says_what_could_still_stop_it():
+    quotes = {}
+    for verify in ("off", "report", "bitwise"):
+        method = unlearner(optax.sgd(RATE), verify=verify)
+        params = cases.make_params()
+        state = method.init(params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        _, state = method.update(zeros, state, params, ids=ids_of_step(0))
+        quotes[verify] = method.quote(params, state, ids_of_step(0)[:1])
+        assert quotes[verify].memory_bytes > tree.num_bytes(state.record.path_params)
+        assert method.quote(params, state, []).reason == ""
+    assert quotes["off"].reason == ""
+    assert "given state" in quotes["report"].reason
+    assert "any bit" in quotes["bitwise"].reason
+
+
+def test_a_key_whose_words_do_not_say_how_to_use_it_is_refused():
+    keyed = lambda params, batch, key: cases.squared_error(params, batch)
+    method = fixed_path(optax.sgd(RATE), keyed, num_examples=40, batch_size=4, max_steps=12)
+    params = cases.make_params()
+    state = method.init(params)
+    with pytest.raises(ValueError, match="default implementation"):
+        method.update(params, state, params, ids=ids_of_step(0), key=jax.random.key(0, impl="rbg"))
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -247,6 +278,7 @@ def test_a_bad_configuration_is_refused_at_the_factory(options, match):
         unlearner(optax.sgd(0.1), **options)
 
 
+@pytest.mark.slow
 def test_of_momentum_it_leaves_a_tenth_of_what_doing_nothing_does():
     """Where the path is short, and gradients change little along it. A reset, beside it."""
     tx = optax.sgd(0.003, momentum=0.9)
