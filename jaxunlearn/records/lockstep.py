@@ -5,6 +5,7 @@ what the tangent of that unit predicts, so the two together measure how linear t
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,11 +39,22 @@ class Shadows(NamedTuple):
 
 
 class Along(NamedTuple):
-    """What is carried along: stacks of tangents, which slots are live, shadows."""
+    """What is carried along: stacks of tangents, which slots are live, shadows.
+
+    gradient_squares: over all steps, the sums of ||incoming gradient - that of the loss||^2 and of
+      ||that of the loss||^2.
+    """
 
     tangents: kernels.Tangents
     slot_is_live: Bool[Array, " slots"]
     shadows: Shadows
+    gradient_squares: Float[Array, "2"]
+
+    @property
+    def gradient_gap(self) -> float:
+        """Root of the ratio of the two sums, on the host: how far training left the loss."""
+        gap, size = map(float, jax.device_get(self.gradient_squares))
+        return math.sqrt(gap / size) if gap and size else math.inf * gap if gap else 0.0
 
 
 class TracedStep(NamedTuple):
@@ -71,6 +83,7 @@ def init_along(tangents: kernels.Tangents, params, inner, *, num_shadows: int) -
             shadow_states=copies,
             linearity=jnp.full((2,), NOT_MEASURED, jnp.float32),
         ),
+        gradient_squares=jnp.zeros((2,), jnp.float32),
     )
 
 
@@ -157,6 +170,23 @@ class Lockstep:
         grads, info = self._gradient(params, step.rows, step.weights, **options)
         value_fn = lambda p: self._value(p, step.rows, step.weights, **options)
         return grads, info, {"value": info.value, "grad": grads, "value_fn": value_fn}
+
+    def compared(self, along: Along, params, grads, step: TracedStep) -> Along:
+        """Along, with the incoming gradient compared to that of the loss; one more gradient."""
+        own, _, _ = self.gradient(params, step)
+        gap = jax.tree.map(lambda g, o: g.astype(o.dtype) - o, grads, own)
+        squares = jnp.stack([tree.vdot(gap, gap), tree.vdot(own, own)])
+        return along._replace(gradient_squares=along.gradient_squares + squares.astype(jnp.float32))
+
+    def goes_on(self, params, inner) -> Bool[Array, ""]:
+        """Whether a step with no gradient from this state is finite: a negative second moment, say,
+        is reached by no run."""
+        still = jax.tree.map(jnp.zeros_like, params)
+        extra = {"value": jnp.zeros(()), "grad": still, "value_fn": lambda p: jnp.zeros(())}
+        try:
+            return tree.all_finite(self._applied(still, inner, params, extra)[0])
+        except TypeError:  # it wants arguments of which nothing is known here
+            return jnp.ones((), bool)
 
     def go_along(self, along: Along, before, after, grads, step: TracedStep, extra) -> Along:
         """Tangents and shadows after the step from `before` to `after`, each (params, inner)."""

@@ -29,7 +29,9 @@ from jaxunlearn.types import (
 )
 from jaxunlearn.unlearners.recollect._checks import (
     EPS_ROOT,
+    check_gradients,
     check_options,
+    check_reached,
     check_seen,
     check_step,
     complain,
@@ -95,6 +97,8 @@ def recollect(
     if_rough: str = "warn",
     rough_above: float = 0.1,
     max_bytes: int | None = None,
+    verify: str = "report",
+    verify_tolerance: float = 1e-3,
     progress: bool | None = None,
 ) -> Recollector:
     """Wrap `tx` so that `forget` adds the first-order effect of the rows' absence.
@@ -128,6 +132,9 @@ def recollect(
       if_rough: what to do where that error exceeds `rough_above` or a tangent is not finite: "warn"
         goes on where it can, "refuse" raises RoughRunError, "replay" trains again without the rows.
       max_bytes: refuse to start where the record would be larger; `describe(params)` has its size.
+      verify: "report" compares the gradients of training with those of the loss, step by step (with
+        `joint`, the end of the replayed run with the given state, at the first deletion), and
+        refuses above `verify_tolerance` (relative L2); "off" assumes that they agree.
 
     Returns:
       An `Unlearner` with `refresh(params, opt_state, *, data)`, which trains again from the initial
@@ -137,21 +144,26 @@ def recollect(
       (m,) the new weights, zero to forget; rows are not looked at. With `joint` one segment, as
       that of `replay`: rows (S, B, ...), ids and weights (S, B), weight 0 for rows to forget.
 
-    Cost: `update`: one Hessian product and one update a tracked unit, a gradient for each probe;
-      memory of 1 + num_probes + tracked units times that of the state. `forget`: one addition of
-      the state for each unit. With `joint`, about 4 (1 + num_probes) gradients a recorded step.
+    Cost: `update`: one Hessian product and one update a tracked unit, a gradient for each probe and
+      one to verify; memory of 1 + num_probes + tracked units times that of the state. `forget`: one
+      addition of the state for each unit. With `joint`, about 4 (1 + num_probes) gradients a
+      recorded step.
 
     Guarantees:
       On quadratic losses with SGD, momentum or Nesterov, parameters and state of any single
       forgotten unit equal `records.oracle(...)` up to rounding.
 
     Raises (forget):
-      IdError, NotTrackedError, WrongStateError, TrainingRecordError, RoughRunError, NonFiniteError,
-      CoupledLossError (where data is given), MissingDataError (joint, replay); inputs untouched.
+      IdError, NotTrackedError, WrongStateError, TrainingRecordError, VerificationError,
+      RoughRunError, NonFiniteError (also a state from which no step is finite), CoupledLossError
+      (where data is given), MissingDataError (joint, replay); inputs untouched.
 
     References: Qiao et al. 2025, equation (6) is recursion="paper" with optax.sgd.
     """
-    check_options(batch_size, max_steps, normalizer, num_probes, if_rough, rough_above, l2)
+    check_options(
+        batch_size, max_steps, num_probes, if_rough, rough_above, l2, storage_dtype, verify,
+        verify_tolerance,
+    )  # fmt: skip
     penalty = records.Penalty(l2, l2_mask)
     table = records.Units(num_examples, units, track)
     lockstep = functools.partial(
@@ -166,8 +178,8 @@ def recollect(
         joint=joint, max_bytes=max_bytes, progress=progress,
     )  # fmt: skip
     beside, routes = setting.beside, Routes(setting)
-    add_step = make_add_step(setting)
-    add_jitted = jax.jit(add_step)
+    add_step, add_jitted = make_add_step(setting)
+    goes_on = jax.jit(beside.goes_on)
     info_of = functools.partial(ForgetInfo.of, "recollect")
     checked: set[str] = set()
 
@@ -211,6 +223,8 @@ def recollect(
                 batch, ids, num_rows, setting.keys_of(key, ids), along.slot_is_live
             )
             after = optax.apply_updates(params, updates), new_inner
+            if verify != "off":
+                along = beside.compared(along, params, grads, traced)
             along = beside.go_along(along, (params, inner), after, grads, traced, extra)
         participation = participation._replace(status=participation.status | overrun)
         new_record = RecollectRecord(participation, log, checkpoints, along)
@@ -245,6 +259,8 @@ def recollect(
         if not ids.size:
             return Forgotten(params, opt_state, info_of(ids, num_duplicates, begun))
         examples, record = table.examples(ids), opt_state.record
+        if verify != "off":
+            check_gradients(record.along.gradient_gap, verify_tolerance)
         if data is not None or joint:
             check_loss(params, records.RowReader(data), record, examples)
         new_params, new_state, measured = decide(params, opt_state, ids, examples, data)
@@ -254,7 +270,7 @@ def recollect(
         )
         certificate, salt = certificates.issue(
             ids, num_duplicates, (params, opt_state.inner), (new_params, new_state.inner),
-            **promise(measured, normalizer, joint, track_leaves is not None),
+            **promise(measured, normalizer, joint, track_leaves is not None, len(ids)),
         )  # fmt: skip
         info = info_of(
             ids, num_duplicates, begun, requester=requester,
@@ -267,9 +283,10 @@ def recollect(
         linearity = opt_state.record.along.shadows.linearity
         details: dict[str, Any] = {"route": "tangents"}
         if joint:
-            along, num_bad = routes.tangent_along_log(opt_state, examples, data)
+            along, end, num_bad = routes.tangent_along_log(opt_state, examples, data)
             steps = int(opt_state.record.participation.num_steps)
             details = {"route": "joint", "replayed_steps": steps, "non_finite_rows": num_bad}
+            details |= compared_with_run(end, params, opt_state)
             linearity = along.shadows.linearity
         measured, is_rough = judge(linearity, rough_above)
         if is_rough and if_rough != "replay":
@@ -280,15 +297,24 @@ def recollect(
                 if joint
                 else add(params, opt_state, ids)
             )
-            if not int(moved[2]["status"]):
+            if not int(moved[2]["status"]) and bool(goes_on(moved[0], moved[1].inner)):
                 return *moved[:2], details | measured
             if if_rough != "replay":
                 raise errors.NonFiniteError(
-                    "Expected finite tangents, got some that are not; nothing was released. "
+                    "Expected finite tangents and a state that training can go on from, got others "
+                    "(a negative second moment, say); nothing was released. "
                     f"{EPS_ROOT}"
                 )
         new_params, new_state, details = routes.train_again(params, opt_state, examples, data)
         return new_params, without_shadows(new_state, ids), details | measured
+
+    def compared_with_run(end, params, opt_state):
+        """The replayed run beside the given state, which is its end until a first deletion."""
+        if verify == "off" or records.forgotten_ids(opt_state.record.participation).size:
+            return {}
+        inner = records.set_settings(end[1], records.get_settings(opt_state.inner))
+        given = params, opt_state.inner
+        return {"replay_distance": check_reached((end[0], inner), given, verify_tolerance)}
 
     def add(params, opt_state, ids):
         padded = records.bucket(ids)
@@ -308,7 +334,11 @@ def recollect(
     def refresh(params, opt_state, *, data):
         records.check_state(opt_state, RecollectRecord, "recollect")
         records.check_status(opt_state.record.participation)
-        return routes.refresh(params, opt_state, data)
+        if verify != "off":
+            check_gradients(opt_state.record.along.gradient_gap, verify_tolerance)
+        again = routes.refresh(params, opt_state, data)
+        compared_with_run((again[0], again[1].inner), params, opt_state)
+        return again
 
     def quote(params, opt_state, ids):
         try:

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
-from jaxunlearn import errors, records
+from jaxunlearn import errors, records, tree
 
 POLICIES = ("warn", "refuse", "replay")
 EPS_ROOT = (
@@ -17,7 +18,10 @@ EPS_ROOT = (
 )
 
 
-def check_options(batch_size, max_steps, normalizer, num_probes, if_rough, rough_above, l2):
+def check_options(
+    batch_size, max_steps, num_probes, if_rough, rough_above, l2, storage_dtype, verify,
+    verify_tolerance,
+):  # fmt: skip
     """Refuse a bad configuration at the factory."""
     for name, value, least in (
         ("batch_size", batch_size, 1), ("max_steps", max_steps, 1), ("num_probes", num_probes, 0),
@@ -28,6 +32,13 @@ def check_options(batch_size, max_steps, normalizer, num_probes, if_rough, rough
         raise ValueError(f"Expected if_rough to be one of {POLICIES}, got {if_rough!r}.")
     if not rough_above > 0:
         raise ValueError(f"Expected rough_above={rough_above} > 0.")
+    if storage_dtype is not None and not jnp.issubdtype(storage_dtype, jnp.floating):
+        raise ValueError(f"Expected a floating storage_dtype, got {storage_dtype!r}.")
+    if verify not in ("report", "off") or not verify_tolerance > 0:
+        raise ValueError(
+            f'Expected verify to be "report" or "off" and verify_tolerance > 0, got {verify!r} and '
+            f"{verify_tolerance}."
+        )
     if l2 is not None and not (isinstance(l2, int | float) and l2 >= 0):
         raise ValueError(f"Expected l2={l2} >= 0, or None.")
 
@@ -69,6 +80,36 @@ def check_seen(participation, table, ids):
         raise errors.NeverSeenError(
             f"Expected ids that update has seen, got {records.show_ids(strangers)}. {hint}"
         )
+
+
+def check_gradients(gap: float, tolerance: float) -> None:
+    """Refuse a run that was not trained with the gradients of its loss.
+
+    Raises:
+      VerificationError: tangents, shadows and replays are of another run.
+    """
+    if not gap <= tolerance:
+        raise errors.VerificationError(
+            "Expected a run trained with the gradients of loss_fn, got incoming updates at a "
+            f"relative distance of {gap:.3g} (tolerance {tolerance:.3g}). Clipping and the like "
+            "belong inside the wrapped optimizer: recollect(optax.chain(clip, adam), ...)."
+        )
+
+
+def check_reached(reached: PyTree, given: PyTree, tolerance: float) -> float:
+    """The distance of a replayed run's end to the state that was handed in.
+
+    Raises:
+      VerificationError: it is not the same run.
+    """
+    distance = max(map(tree.relative_distance, reached, given))
+    if not distance <= tolerance:
+        raise errors.VerificationError(
+            "Expected the recorded run to replay to the given state, got a relative distance of "
+            f"{distance:.3g} (tolerance {tolerance:.3g}). Were params, state or data changed "
+            "outside update, or gradients before it?"
+        )
+    return distance
 
 
 def judge(linearity: Any, rough_above: float) -> tuple[dict[str, float], bool]:

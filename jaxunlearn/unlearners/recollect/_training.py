@@ -1,6 +1,7 @@
 """The training that recollect records: its steps, the pure steps of a deletion, its replays."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -140,29 +141,53 @@ class Setting:
 
 
 def make_add_step(setting: Setting):
-    """`forget_step` from tangents: state + sum_u (1 - weight_u) tangent_u."""
+    """`forget_step` from tangents, state + sum_u (1 - weight_u) tangent_u; and the same compiled.
+
+    The compiled one computes what changes and hands on the rest of the record as it is: what goes
+    through a compiled program without donation is copied, tangents and all.
+    """
     table, kernel = setting.table, setting.beside.tangents()
 
-    def add_step(params, state, rows, ids, weights):
-        del rows
-        record, along, ids = state.record, state.record.along, jnp.asarray(ids)
+    def changes(params, inner, tangents, is_live, step_ids, status, ids, weights):
         slots = table.slots(ids)
         amounts = jnp.where(ids >= 0, 1 - jnp.asarray(weights, jnp.float32), 0)
-        moved = kernel.add(params, state.inner, along.tangents, slots, amounts)
+        moved = kernel.add(params, inner, tangents, slots, amounts)
         nowhere = jnp.where(slots >= 0, slots, jnp.iinfo(jnp.int32).max)
-        logged = record.log.step_ids
-        gone = jnp.isin(table.of_examples(logged), ids) & (logged >= 0)
-        record = record._replace(
-            log=record.log._replace(step_ids=jnp.where(gone, -1, logged)),
-            along=records.Along(
-                tangents=along.tangents,
-                slot_is_live=along.slot_is_live.at[nowhere].set(False, mode="drop"),
-                shadows=records.end_shadows(along.shadows),
-            ),
-        )
-        return concluded(params, state, moved, record)
+        gone = jnp.isin(table.of_examples(step_ids), ids) & (step_ids >= 0)
+        step_ids = jnp.where(gone, -1, step_ids)
+        is_live = is_live.at[nowhere].set(False, mode="drop")
+        return is_live, step_ids, *_checked(params, inner, *moved, status)
 
-    return add_step
+    def assembled(changes, end_shadows):
+        def add_step(params, state, rows, ids, weights):
+            del rows
+            record, along = state.record, state.record.along
+            is_live, step_ids, params, inner, status, failure = changes(
+                params, state.inner, along.tangents, along.slot_is_live, record.log.step_ids,
+                record.participation.status, jnp.asarray(ids), weights,
+            )  # fmt: skip
+            record = record._replace(
+                participation=record.participation._replace(status=status),
+                log=record.log._replace(step_ids=step_ids),
+                along=along._replace(slot_is_live=is_live, shadows=end_shadows(along.shadows)),
+            )
+            return params, UnlearnerState(inner, record), {"status": failure}
+
+        return add_step
+
+    end = records.end_shadows
+    return assembled(changes, end), assembled(jax.jit(changes), _once(jax.jit(end)))
+
+
+def _once(end_shadows):
+    """`end_shadows`, on the host, and only where there are any to end."""
+
+    def end(shadows: records.Shadows) -> records.Shadows:
+        if bool(jnp.all(shadows.shadow_units == records.ENDED)):
+            return shadows
+        return end_shadows(shadows)
+
+    return end
 
 
 def make_joint_step(setting: Setting):
@@ -200,18 +225,28 @@ def make_joint_step(setting: Setting):
 
 def concluded(params, state, moved, record):
     """What a step returns: the moved state, poisoned where it is no longer finite."""
-    new_params, inner = moved
-    lost = tree.all_finite(state.inner) & ~tree.all_finite(inner)
-    failed = ~tree.all_finite(new_params) | lost
-    status = jnp.where(failed, int(Status.NON_FINITE), 0).astype(jnp.int32)
-    participation = record.participation
-    participation = participation._replace(status=participation.status | status)
-    new_state = UnlearnerState(
-        inner=tree.match_weak_types(tree.poison(inner, failed), state.inner),
-        record=record._replace(participation=participation),
-    )
+    status = record.participation.status
+    params, inner, status, failure = _checked(params, state.inner, *moved, status)
+    participation = record.participation._replace(status=status)
+    state = UnlearnerState(inner, record._replace(participation=participation))
+    return params, state, {"status": failure}
+
+
+def _checked(params, inner, new_params, new_inner, status):
+    """The new state, poisoned where it lost what was finite; the sticky status, and this step's."""
+    pairs = zip(jax.tree.leaves(inner), jax.tree.leaves(new_inner), strict=True)
+    kept = [jnp.where(jnp.isfinite(old), new, 0) for old, new in pairs if tree.is_inexact(old)]
+    failed = ~jnp.isfinite(_largest([*jax.tree.leaves(new_params), *kept]))
+    failure = jnp.where(failed, int(Status.NON_FINITE), 0).astype(jnp.int32)
     new_params = tree.match_weak_types(tree.poison(new_params, failed), params)
-    return new_params, new_state, {"status": status}
+    new_inner = tree.match_weak_types(tree.poison(new_inner, failed), inner)
+    return new_params, new_inner, status | failure, failure
+
+
+def _largest(leaves):
+    """The largest magnitude: NaN or infinite if some entry is. Cheaper than looking at each."""
+    sizes = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves if tree.is_inexact(leaf)]
+    return functools.reduce(jnp.maximum, [x.astype(jnp.float32) for x in sizes], jnp.zeros(()))
 
 
 class Routes:
@@ -263,7 +298,7 @@ class Routes:
         return new_params, UnlearnerState(new_state.inner, new_record)
 
     def tangent_along_log(self, state: UnlearnerState, examples: np.ndarray, data: Any):
-        """One tangent for all examples, and shadows; and how many rows were not finite."""
+        """One tangent for all examples, and shadows; the run's end; number of spoilt rows."""
         setting, record = self._setting, state.record
         log, reader = self._read(record, data, ())
         start = tree.copy(records.read_slot(record.checkpoints, 0))
@@ -277,8 +312,10 @@ class Routes:
             return _carrying(self._joint)(pair, inner, segment, active)
 
         first = (start[0], along), start[1]
-        (_, along), _, bad = self._run(marked, first, log, reader, record, "carrying the tangent")
-        return along, int(np.sum(bad.non_finite_rows))
+        (params, along), inner, bad = self._run(
+            marked, first, log, reader, record, "carrying the tangent"
+        )
+        return along, (params, inner), int(np.sum(bad.non_finite_rows))
 
     def add_tangent(self, params, state: UnlearnerState, along: records.Along, examples):
         """The state moved by the tangent in slot 0, its log without these examples."""
