@@ -1,6 +1,5 @@
 """Rules by which the parts of an optimizer's state are remade, and the refusal of unknown ones."""
 
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -95,7 +94,7 @@ def take_rules(given: Mapping[type, Rule]) -> Rules:
     rules = _RULES | {_name_of(state_type): rule for state_type, rule in given.items()}
     own = [(name[1], rule) for name, rule in rules.items() if _LIBRARY.get(name) != rule]
     return Rules(
-        by_name=types.MappingProxyType(rules),
+        by_name=rules,
         own=tuple(f"{name}: {getattr(rule, '__name__', rule)}" for name, rule in own),
     )
 

@@ -75,6 +75,7 @@ def test_a_probe_that_saw_the_runs_it_is_asked_about_would_be_found_out(monkeypa
     assert not null_is_kept(measure)
 
 
+@pytest.mark.slow
 def test_pairs_that_share_their_noise_are_told_apart_only_if_their_states_differ():
     """Runs of a pair are nearly one run: unpaired folds would compare a run with its own twin."""
 

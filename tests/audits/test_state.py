@@ -138,11 +138,11 @@ def optax_memory(pairs, slots):
     return state
 
 
-def test_a_step_size_that_went_wrong_shows_in_the_update_and_is_named():
+def test_a_step_size_that_went_wrong_shows_in_the_update_and_is_named(x64):
     """AdaptiveRate: the sum of squared gradients a million times as large, the same pairs."""
     tx = transforms.online_lbfgs(loss_fn, learning_rate=transforms.AdaptiveRate(1.0))
-    good = online(draw_pairs(1, 3), 4)._replace(gradient_square_sum=jnp.float32(1e3))
-    spoilt = good._replace(gradient_square_sum=jnp.float32(1e9), num_online_steps=jnp.int32(500))
+    good = online(draw_pairs(1, 3), 4)._replace(gradient_square_sum=jnp.float64(1e3))
+    spoilt = good._replace(gradient_square_sum=jnp.float64(1e9), num_online_steps=jnp.int32(500))
     w = as_params(np.ones(SIZE))
     measured = audits.state_alignment(
         (w, spoilt), (w, good), tx=tx, loss_fn=loss_fn, batches=BATCHES, key=KEY, num_probes=2
@@ -152,7 +152,7 @@ def test_a_step_size_that_went_wrong_shows_in_the_update_and_is_named():
     assert measured.unread == (".gradient_square_sum", ".num_online_steps")
 
 
-def test_momentum_before_an_lbfgs_memory_is_carried_and_named():
+def test_momentum_before_an_lbfgs_memory_is_carried_and_named(x64):
     tx = optax.chain(optax.trace(0.9), optax.scale_by_lbfgs(memory_size=4))
     memory = optax_memory(draw_pairs(1, 3), 4)
     trace = optax.TraceState(as_params(np.ones(SIZE)))

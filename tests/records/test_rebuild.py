@@ -80,6 +80,7 @@ def test_bias_correction_by_the_public_counter_gives_the_retained_gradient():
     np.testing.assert_allclose(records.flatten(state.nu) / (1 - B2**3), g**2, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_what_stands_before_an_average_changes_what_it_is_fed():
     whole = {"batch_size": 11, "num_batches": 1, "num_steps": 2}
     state = remade(optax.chain(optax.clip(0.01), optax.trace(0.5)), **whole)[1]
@@ -99,6 +100,7 @@ def test_an_accumulator_between_two_steps_holds_the_mean_gradient():
     np.testing.assert_allclose(records.flatten(state.acc_grads), mean, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_penalty_is_left_out_where_the_mask_says_so():
     mask = lambda params: jax.tree.map(lambda leaf: jnp.ndim(leaf) > 0, params)
     options = {"batch_size": 11, "num_batches": 1, "num_steps": 1, "l2": L2, "l2_mask": mask}
@@ -108,7 +110,7 @@ def test_the_penalty_is_left_out_where_the_mask_says_so():
     np.testing.assert_allclose(records.flatten(state.trace), expected, rtol=1e-5)
 
 
-NESTED = ["chain", "inject_hyperparams"]
+NESTED = ["chain"]
 REST = [inside.name for inside in cases.INSIDE if inside.name not in [*NESTED, "momentum"]]
 
 
@@ -142,6 +144,7 @@ def _dtypes(tree):
     ]
 
 
+@pytest.mark.slow
 def test_no_step_leaves_the_state_fresh():
     tx = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(0.1))
     assert differing(remade(tx, num_steps=0), tx.init(cases.make_params())) == []
@@ -233,9 +236,8 @@ def test_an_optax_lbfgs_with_room_for_all_directions_takes_the_newton_step_next(
     assert int(after.count) == 10
 
 
-@pytest.mark.parametrize(
-    "num_steps", [9, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 2, 4))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 9])
 def test_an_optax_lbfgs_memory_holds_as_many_pairs_as_steps_have_made(num_steps):
     state = remade(optax.scale_by_lbfgs(memory_size=3), num_steps=num_steps, **WHOLE)
     held = np.flatnonzero(np.asarray(state.weights_memory))

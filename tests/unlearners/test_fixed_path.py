@@ -136,6 +136,7 @@ def test_any_transform_is_folded_over_the_retained_gradients_at_the_recorded_par
 # --- what is kept, and what later deletions find ------------------------------------------------
 
 
+@pytest.mark.slow
 def test_keep_returns_the_parameters_as_they_are_and_mends_the_state_alone():
     kept, moved = (
         unlearner(optax.sgd(RATE, momentum=B1), parameters=choice) for choice in ("keep", "path")
@@ -227,6 +228,7 @@ def test_the_certificate_claims_nothing_and_the_reset_stands_beside_it():
     assert figures["change_by_reset"] == tree.relative_distance(reset, state.inner)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_changed_outside_is_refused():
     method = unlearner(optax.adam(0.05), verify="bitwise")
     (params, state), _ = train(method)
@@ -238,13 +240,12 @@ def test_a_run_that_was_changed_outside_is_refused():
 
 
 def test_a_quote_counts_the_copy_of_the_path_and_says_what_could_still_stop_it():
-    quotes = {}
+    params, quotes = cases.make_params(), {}
+    method = unlearner(optax.sgd(RATE))
+    state = jax.jit(method.init)(params)
+    _, state = jax.jit(method.update)(params, state, params, ids=ids_of_step(0))
     for verify in ("off", "report", "bitwise"):
         method = unlearner(optax.sgd(RATE), verify=verify)
-        params = cases.make_params()
-        state = method.init(params)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        _, state = method.update(zeros, state, params, ids=ids_of_step(0))
         quotes[verify] = method.quote(params, state, ids_of_step(0)[:1])
         assert quotes[verify].memory_bytes > tree.num_bytes(state.record.path_params)
         assert method.quote(params, state, []).reason == ""

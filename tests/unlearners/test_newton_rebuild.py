@@ -116,6 +116,7 @@ def test_the_certificate_says_full_state_and_what_it_takes_on_trust():
     assert verified.ok
 
 
+@pytest.mark.slow
 def test_the_default_stays_scope_params_with_a_fresh_state():
     params, state = trained(*HISTORIES["one"][:2])
     result = unlearner(None).forget(params, state, [11], data=cases.make_data())
@@ -124,6 +125,7 @@ def test_the_default_stays_scope_params_with_a_fresh_state():
     assert differing(result.opt_state.inner, TX.init(result.params)) == []
 
 
+@pytest.mark.slow
 def test_training_and_a_second_deletion_go_on_from_the_rebuilt_state():
     params, state = trained(*HISTORIES["one"][:2])
     first = unlearner().forget(params, state, [11], data=cases.make_data())
