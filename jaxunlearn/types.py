@@ -45,6 +45,10 @@ class Status(enum.IntFlag):
     """A deletion step produced a value that is not finite."""
     SOLVER_FAILED = 32
     """A linear solve met negative curvature or did not converge."""
+    BUDGET_EXHAUSTED = 64
+    """`forget_step` had no deletion left, or its step exceeded what the noise was made for."""
+    NOT_IN_THE_MODEL = 128
+    """`forget_step` got an id that was forgotten already or that training never saw."""
 
     @property
     def story(self) -> str:
@@ -61,6 +65,8 @@ _STORIES = {
     Status.FORGOTTEN_ID_USED: "update trained on an id that had already been forgotten",
     Status.NON_FINITE: "a deletion step produced a value that is not finite",
     Status.SOLVER_FAILED: "a linear solve met negative curvature or did not converge",
+    Status.BUDGET_EXHAUSTED: "a deletion exceeded the capacity or the sensitivity of its noise",
+    Status.NOT_IN_THE_MODEL: "deletion was asked for an id already forgotten or never seen",
 }
 
 

@@ -1,5 +1,6 @@
 """What several methods share: ids, participation, step log, checkpoints, rows, replay, oracle."""
 
+from jaxunlearn.records.burials import deletion_status, each_once, erase
 from jaxunlearn.records.cached_runs import (
     CachedRun,
     Retake,
@@ -49,6 +50,7 @@ from jaxunlearn.records.iterates import (
     widen,
 )
 from jaxunlearn.records.lockstep import (
+    ENDED,
     NOT_MEASURED,
     Along,
     Lockstep,
@@ -56,6 +58,7 @@ from jaxunlearn.records.lockstep import (
     TracedStep,
     end_shadows,
     init_along,
+    without_states,
 )
 from jaxunlearn.records.log import StepLog, get_settings, init_log, set_settings, write_step
 from jaxunlearn.records.online import (
@@ -100,7 +103,14 @@ from jaxunlearn.records.replay import (
 from jaxunlearn.records.rows import AllRows, RowReader, all_rows
 from jaxunlearn.records.rules import as_driven, as_fresh, register_state
 from jaxunlearn.records.states import check_params, check_state, check_update
-from jaxunlearn.records.stream import Learner, is_gone, is_trusted, make_stream, moved_by
+from jaxunlearn.records.stream import (
+    Learner,
+    is_gone,
+    is_trusted,
+    make_stream,
+    moved_by,
+    without_sums,
+)
 from jaxunlearn.records.trajectory import (
     Trajectory,
     check_trajectory_bytes,
@@ -112,6 +122,7 @@ from jaxunlearn.records.trajectory import (
 from jaxunlearn.records.units import Units
 
 __all__ = [
+    "ENDED",
     "NOT_MEASURED",
     "AllRows",
     "Along",
@@ -132,7 +143,6 @@ __all__ = [
     "RowReader",
     "Segment",
     "Shadows",
-    "TracedStep",
     "StepFlags",
     "StepLog",
     "StepRows",
@@ -141,6 +151,7 @@ __all__ = [
     "StreamOutput",
     "StreamState",
     "StreamUnlearner",
+    "TracedStep",
     "Trajectory",
     "Twins",
     "Units",
@@ -161,8 +172,11 @@ __all__ = [
     "check_update",
     "compare_replay",
     "default_segment_length",
+    "deletion_status",
     "drop_after",
+    "each_once",
     "end_shadows",
+    "erase",
     "flatten",
     "forgotten_ids",
     "get_settings",
@@ -217,6 +231,8 @@ __all__ = [
     "widen",
     "window_of",
     "without",
+    "without_states",
+    "without_sums",
     "wrapped_update",
     "write_step",
     "write_trajectory",

@@ -24,7 +24,10 @@ class Outcome(enum.IntEnum):
 
     DONE = 0
     NOTHING_LEFT = 1
-    """A deletion whose influence had decayed below rounding: noted, and the model left alone."""
+    """A deletion whose influence on parameters and pairs had decayed below rounding.
+
+    Noted, and taken out of the counters and the sum of squares; else the model is left alone.
+    """
     REFUSED = 2
     """An id out of range, forgotten already, or (in a deletion) never inserted. Unchanged."""
     EXHAUSTED = 3

@@ -11,10 +11,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from jaxunlearn import tree
 from jaxunlearn.kernels import lbfgs
+from jaxunlearn.records.burials import (
+    bury_traced,
+    count_ids,
+    each_once,
+    faults_of,
+    slot_before,
+    uses,
+)
 from jaxunlearn.records.checkpoints import drop_after, read_slot, take_checkpoint
 from jaxunlearn.records.events import (
     Event,
@@ -26,7 +34,7 @@ from jaxunlearn.records.events import (
 )
 from jaxunlearn.records.log import StepLog, write_step
 from jaxunlearn.records.online import Twins, relative_gap, twins_of
-from jaxunlearn.records.participation import Participation, observe
+from jaxunlearn.records.participation import observe
 from jaxunlearn.records.replay import Segment
 from jaxunlearn.types import Batch, Params, Status, UnlearnerState
 
@@ -94,6 +102,7 @@ def make_stream(
         ids = jnp.asarray(event.event_ids, jnp.int32)
         weights = (ids >= 0).astype(jnp.float32)
         kind = jnp.asarray(event.event_kind, jnp.int32)
+        ids = jnp.where(kind == EventKind.DELETE, each_once(ids), ids)
         outcome = _judge(state.stream_opt_state.record, kind, ids, num_examples, max_deletions)
         done = outcome == Outcome.DONE
         inserts = done & (kind == EventKind.INSERT)
@@ -115,17 +124,14 @@ def make_stream(
 def _judge(record, kind, ids, num_examples, max_deletions) -> Array:
     """DONE where the event can go ahead, else why not."""
     participation = record.participation
-    real = ids >= 0
-    strange = (ids < -1) | (ids >= num_examples)
-    gone = real & has_bit(participation.forgotten_bits, ids)
-    unseen = real & ~has_bit(participation.seen_bits, ids)
+    strange, gone, unseen = faults_of(participation, ids, num_examples)
     deletes, inserts = kind == EventKind.DELETE, kind == EventKind.INSERT
-    refused = (deletes | inserts) & (jnp.any(strange | gone) | ~jnp.any(real))
+    refused = (deletes | inserts) & (jnp.any(strange | gone) | ~jnp.any(ids >= 0))
     refused |= deletes & jnp.any(unseen)
     full = inserts & (participation.num_steps >= record.log.step_ids.shape[0])
     outcome = jnp.where(full, int(Outcome.FULL), int(Outcome.DONE))
     if max_deletions is not None:
-        exhausted = deletes & (record.num_deletions + _count(ids) > max_deletions)
+        exhausted = deletes & (record.num_deletions + count_ids(ids) > max_deletions)
         outcome = jnp.where(exhausted, int(Outcome.EXHAUSTED), outcome)
     return jnp.where(refused, int(Outcome.REFUSED), outcome).astype(jnp.int32)
 
@@ -162,7 +168,7 @@ def _span_of(record, ids, inserts, deletes) -> _Span:
     stop = record.participation.num_steps
 
     def for_deletion(log, checkpoints):
-        slot, start = _slot_before(checkpoints, jnp.argmax(jnp.any(_uses(log, ids), axis=1)))
+        slot, start = slot_before(checkpoints, jnp.argmax(jnp.any(uses(log, ids), axis=1)))
         return _Span(slot.astype(jnp.int32), start, stop)
 
     otherwise = _Span(jnp.zeros((), jnp.int32), stop - inserts.astype(jnp.int32), stop)
@@ -203,7 +209,7 @@ def _delete(state, learner: Learner, mode: str, ids, deletes, span: _Span, outpu
         checkpoints=jax.lax.cond(
             made, lambda c: drop_after(c, span.start), lambda c: c, record.checkpoints
         ),
-        num_deletions=record.num_deletions + _count(gone),
+        num_deletions=record.num_deletions + count_ids(gone),
     )
     state = StreamState(params, UnlearnerState(inner, record), state.stream_rows)
     return state, made, output
@@ -239,14 +245,42 @@ def _by_correction(learner: Learner, state: StreamState, twins, ids, output: Str
     if twins is None:
         return correct()
     told = output._replace(outcome=jnp.full((), int(Outcome.NOTHING_LEFT), jnp.int32))
-    leave = lambda: (params, inner, told, jnp.ones((), bool))
-    return jax.lax.cond(is_gone(inner.curvature, twins, ids), leave, correct)
+    leave = lambda: (params, without_sums(inner, twins), told, jnp.ones((), bool))
+    return jax.lax.cond(is_gone(inner, twins, ids), leave, correct)
 
 
-def is_gone(memory, twins: Twins, ids) -> Bool[Array, ""]:
-    """Whether the runs were equal to rounding since before the oldest pair, none of it theirs."""
-    oldest = jnp.max(lbfgs.ages(memory)).astype(jnp.int32)
-    return (twins.quiet_steps > oldest + 1) & ~jnp.any(lbfgs.owned(memory, ids))
+def is_gone(inner, twins: Twins, ids) -> Bool[Array, ""]:
+    """Whether nothing is left of the rows in `inner` but what `without_sums` takes out.
+
+    The runs had equal parameters to rounding since before the oldest pair of either, so that every
+    pair was made at equal points; none is the rows' own; and the sums, which never forget, can be
+    replaced, being finite.
+    """
+    memory, other = inner.curvature, twins.other_inner.curvature
+    oldest = jnp.maximum(jnp.max(lbfgs.ages(memory)), jnp.max(lbfgs.ages(other)))
+    quiet = twins.quiet_steps > oldest.astype(jnp.int32) + 1
+    same_number = memory.num_pairs == other.num_pairs
+    sums = jnp.isfinite(twins.other_inner.gradient_square_sum)
+    return quiet & same_number & sums & ~jnp.any(lbfgs.owned(memory, ids))
+
+
+def without_sums(inner, twins: Twins):
+    """`inner` with the counters and the sum of squares of the run without the rows.
+
+    They have every step since the first in them: they never decay, and S_t sets later step sizes.
+    """
+    memory, other = inner.curvature, twins.other_inner
+    ahead = memory.push_clock - other.curvature.push_clock
+    clocks = memory.pair_clocks
+    memory = memory._replace(
+        push_clock=memory.push_clock - ahead,
+        pair_clocks=jnp.where(lbfgs.is_occupied(memory), clocks - ahead, clocks),
+    )
+    return inner._replace(
+        num_online_steps=other.num_online_steps,
+        gradient_square_sum=other.gradient_square_sum.astype(inner.gradient_square_sum.dtype),
+        curvature=memory,
+    )
 
 
 def is_trusted(twins: Twins) -> Bool[Array, ""]:
@@ -334,11 +368,6 @@ def _row_at(log: StepLog, rows: PyTree, i) -> Segment:
     )
 
 
-def _uses(log: StepLog, ids) -> Bool[Array, "steps b"]:
-    """Where the ledger uses any of the ids."""
-    return jnp.any(log.step_ids[..., None] == jnp.where(ids >= 0, ids, -2), axis=-1)
-
-
 def rows_of(rows: PyTree, log: StepLog, ids) -> Batch:
     """What the ledger holds of each id, from its first use; zeros for padding."""
 
@@ -349,37 +378,3 @@ def rows_of(rows: PyTree, log: StepLog, ids) -> Batch:
         return jax.tree.map(lambda leaf: jnp.where(i >= 0, leaf[step, place], 0), rows)
 
     return jax.vmap(one)(ids)
-
-
-def _slot_before(checkpoints, step) -> tuple[Array, Array]:
-    """Slot and step of the last checkpoint taken before or at `step`, traced."""
-    taken = checkpoints.checkpoint_steps
-    usable = jnp.where((taken >= 0) & (taken <= step), taken, -1)
-    slot = jnp.argmax(usable)
-    return slot, usable[slot]
-
-
-def has_bit(bits, ids) -> Bool[Array, "b"]:
-    """Whether each id's bit is set; false for padding and strangers."""
-    inside = (ids >= 0) & (ids < 32 * bits.shape[0])
-    word = bits[jnp.where(inside, ids // 32, 0)]
-    return inside & ((word >> (ids % 32).astype(jnp.uint32)) & 1).astype(bool)
-
-
-def bury_traced(participation: Participation, ids) -> Participation:
-    """`bury` inside a traced step; -1 is nobody."""
-
-    def mark(i, bits):
-        word = jnp.where(ids[i] >= 0, ids[i] // 32, bits.shape[0])
-        bit = jnp.uint32(1) << (ids[i] % 32).astype(jnp.uint32)
-        return bits.at[word].set(bits.at[word].get(mode="fill", fill_value=0) | bit, mode="drop")
-
-    bits = jax.lax.fori_loop(0, ids.shape[0], mark, participation.forgotten_bits)
-    return participation._replace(forgotten_bits=bits)
-
-
-def _count(ids) -> Int[Array, ""]:
-    """Different ids that are not padding."""
-    order = jnp.sort(ids)
-    first = jnp.concatenate([jnp.ones((1,), bool), order[1:] != order[:-1]])
-    return jnp.sum(first & (order >= 0), dtype=jnp.int32)

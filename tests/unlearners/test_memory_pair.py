@@ -9,7 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from jaxunlearn import Unlearner, accounting, errors, kernels, records, transforms, tree, unlearners
+from jaxunlearn import (
+    Status,
+    Unlearner,
+    accounting,
+    errors,
+    kernels,
+    records,
+    transforms,
+    tree,
+    unlearners,
+)
 from jaxunlearn.kernels import lbfgs
 from jaxunlearn.records import Event, Outcome
 from tests.unlearners import _streams as streams
@@ -156,12 +166,18 @@ def test_where_nothing_is_left_nothing_is_done_and_the_published_step_would_do_h
 
     target = exact.forget(params, opt_state, [old], data=data).params
     gap = lambda p: tree.relative_distance(p, target)
-    given, published = gap(params), gap(blind.forget(params, opt_state, [old], data=data).params)
-    assert published > 300 * given
+    harmed = blind.forget(params, opt_state, [old], data=data)
+    untouched, published = gap(params), gap(harmed.params)
+    assert published > 300 * untouched
     assert published > 0.01
 
     left_alone = unlearner.forget(params, opt_state, [old], data=data)
-    assert tree.same_bits(learned(left_alone), (params, opt_state.inner))
+    given, kept = opt_state.inner, left_alone.opt_state.inner
+    assert tree.same_bits(left_alone.params, params)
+    assert tree.same_bits(kept.curvature, given.curvature)
+    square_sum = exact.forget(params, opt_state, [old], data=data).opt_state.inner[1]
+    # First order: 0.057 of what was there is left of the row in S_t.
+    assert abs(float(kept[1] - square_sum)) < 0.1 * abs(float(given[1] - square_sum))
     assert left_alone.info.measurements["nothing_left"]
     assert left_alone.info.certificate.guarantee == "heuristic"
     with pytest.raises(errors.AlreadyForgottenError):
@@ -176,6 +192,116 @@ def test_where_nothing_is_left_nothing_is_done_and_the_published_step_would_do_h
     after, output = jax.jit(unlearner.stream.step)(state, one)
     assert int(output.outcome) == Outcome.NOTHING_LEFT
     assert tree.same_bits(after.stream_params, params)
+
+
+def test_sums_that_never_decay_are_taken_out_or_the_row_is_not_gone():
+    memory = lbfgs.init(jnp.zeros(2), 2)
+    for _ in range(5):
+        memory, _ = lbfgs.push(memory, jnp.ones(2), jnp.ones(2), owner=jnp.array([3]))
+    state = lambda steps, total, memory: transforms.OnlineLBFGSState(
+        jnp.int32(steps), jnp.float32(total), memory
+    )
+    shorter = memory._replace(
+        push_clock=memory.push_clock - 1, pair_clocks=memory.pair_clocks - jnp.uint32(1)
+    )
+    given, other = state(5, 4971.0, memory), state(4, 299.0, shorter)
+    twins = records.Twins(jnp.ones(2), given, jnp.ones(2), other, jnp.int32(9))
+    nobody, owner = jnp.array([0, -1]), jnp.array([3, -1])
+    assert bool(records.is_gone(given, twins, nobody))
+    assert tree.same_bits(records.without_sums(given, twins), other)
+    assert not bool(records.is_gone(given, twins, owner))
+    assert not bool(records.is_gone(given, twins._replace(quiet_steps=jnp.int32(2)), nobody))
+    older = other._replace(curvature=shorter._replace(pair_clocks=jnp.zeros(2, jnp.uint32)))
+    wilder = other._replace(gradient_square_sum=jnp.float32(jnp.nan))
+    fewer = other._replace(curvature=shorter._replace(num_pairs=jnp.int32(1)))
+    for unlike, quiet in ((older, 3), (wilder, 9), (fewer, 9)):
+        changed = twins._replace(other_inner=unlike, quiet_steps=jnp.int32(quiet))
+        assert not bool(records.is_gone(given, changed, nobody))
+
+
+@pytest.mark.slow
+def test_an_adaptive_rate_whose_sum_holds_the_row_is_never_said_to_have_nothing_left():
+    """A row of large gradient, far in the past: 4971 of S_t where a run without it has 299."""
+    x = np.float32(np.random.default_rng(0).uniform(0.5, 1.5, size=(60, 1)))
+    x[0] = 3.0
+    data = {"x": x, "y": 2.0 * x[:, 0]}
+    options = {
+        "num_examples": 60, "max_steps": 60, "batch_size": 1, "l2": None, "memory_size": 2,
+        "admission": None, "learning_rate": transforms.AdaptiveRate(20.0, 1.0),
+    }  # fmt: skip
+    sums, told = {}, {}
+    for mode in ("replay", "drop_pair"):
+        made = Made(mode, streams.squared, **options)
+        params, state = train(made, data, [[t] for t in range(60)], streams.start(dim=1))
+        result = made.unlearner.forget(params, state, [0], data=data)
+        sums[mode], told[mode] = result.opt_state.inner.gradient_square_sum, result.info
+    carried = float(state.inner.gradient_square_sum)
+    assert carried > 10 * float(sums["replay"])
+    if told["drop_pair"].measurements["nothing_left"]:
+        np.testing.assert_allclose(sums["drop_pair"], sums["replay"], rtol=1e-3)
+    else:
+        assert any("S_t: unchanged" in line for line in told["drop_pair"].certificate.not_covered)
+
+
+# --- at the present state, traced -----------------------------------------------------------------
+
+
+def test_forget_step_spends_draws_new_noise_and_takes_no_id_twice():
+    odometer = accounting.DeletionOdometer(max_deletions=2, noise_stddev=1.0, sensitivity=1e3)
+    still = transforms.PaperDeletion(
+        rate=0.0, unit_noise=transforms.gaussian_noise(jax.random.key(3))
+    )
+    made = Made("paper", paper=still, odometer=odometer, nothing_below=None)
+    params, state = train(made, DATA, STEPS, streams.start())
+    step = jax.jit(made.unlearner.forget_step)
+
+    def delete(at, *ids):
+        ids = np.array([*ids, *[-1] * (2 - len(ids))], np.int32)
+        rows = jax.tree.map(lambda leaf: leaf[np.clip(ids, 0, 47)], DATA)
+        return step(*at, rows, ids, np.ones(2, np.float32))
+
+    *first, one = delete((params, state), 4, 4)  # a repeat is one deletion
+    *second, two = delete(first, 5)
+    assert (int(one["status"]), int(two["status"])) == (0, 0)
+    noises = [first[0]["w"] - params["w"], second[0]["w"] - first[0]["w"]]
+    for index, noise in enumerate(noises):
+        expected = still.unit_noise(index, params)["w"]
+        np.testing.assert_allclose(noise, expected, rtol=1e-5, atol=1e-6)
+    record = second[1].record
+    assert int(record.num_deletions) == 2
+    assert not np.isin(record.log.step_ids, [4, 5]).any()
+    for at, ids, wrong in (
+        (second, [6], Status.BUDGET_EXHAUSTED),
+        (first, [6, 7], Status.BUDGET_EXHAUSTED),
+        (first, [4], Status.NOT_IN_THE_MODEL),
+        (first, [44], Status.NOT_IN_THE_MODEL),  # never came
+        (first, [streams.NUM_EXAMPLES], Status.ID_OUT_OF_RANGE),
+    ):
+        bad, poisoned, arrays = delete(at, *ids)
+        assert Status(int(arrays["status"])) == wrong
+        assert Status(int(poisoned.record.participation.status)) == wrong
+        assert np.isnan(bad["w"]).all()
+        assert np.isnan(poisoned.inner.gradient_square_sum)
+        with pytest.raises(errors.TrainingRecordError, match="cannot be deleted from"):
+            made.unlearner.forget(params, poisoned, [8], data=DATA)
+    *nobody, none = delete(first)
+    assert int(none["status"]) == 0
+    assert tree.same_bits(tuple(nobody), tuple(first))
+    with pytest.raises(errors.AlreadyForgottenError):
+        made.unlearner.forget(*second, [4], data=DATA)
+
+
+@pytest.mark.slow
+def test_forget_step_beyond_the_sensitivity_is_poisoned():
+    tight = accounting.DeletionOdometer(max_deletions=2, noise_stddev=0.1, sensitivity=1e-9)
+    made = Made("paper", paper=PAPER, odometer=tight, nothing_below=None)
+    params, state = train(made, DATA, STEPS, streams.start())
+    ids = np.array([39, -1], np.int32)
+    rows = jax.tree.map(lambda leaf: leaf[np.maximum(ids, 0)], DATA)
+    bad, after, arrays = made.unlearner.forget_step(params, state, rows, ids, np.ones(2))
+    assert Status(int(arrays["status"])) == Status.BUDGET_EXHAUSTED
+    assert np.isnan(bad["w"]).all()
+    assert int(after.record.num_deletions) == 0
 
 
 # --- odometer, quotes, certificates ------------------------------------------------------------
@@ -216,6 +342,13 @@ def test_a_step_longer_than_the_noise_was_made_for_is_refused():
         made.unlearner.forget(params, state, [39], data=DATA)
 
 
+SAID = {
+    "drop_pair": ["parameters: they are bitwise those given", "carry the rows", "S_t: unchanged"],
+    "paper": ["The curvature pairs: unchanged", "S_t, and with it", "The counters: unchanged"],
+    "tangent": ["first order"],
+}
+
+
 @pytest.mark.parametrize(
     "mode", ["drop_pair", *(pytest.param(m, marks=pytest.mark.slow) for m in ("tangent", "paper"))]
 )
@@ -229,6 +362,11 @@ def test_the_other_modes_promise_nothing(mode):
     assert "heuristic" in certificate.why_no_epsilon
     assert made.unlearner.quote(params, state, [38]).guarantee == "heuristic"
     assert result.info.measurements["influence"] > 0
+    assert certificate.scope == ("params" if mode == "paper" else "full-state")
+    page = " ".join(certificate.summary().split())
+    assert all(words in page for words in SAID[mode])
+    if mode == "drop_pair":
+        assert tree.same_bits(result.params, params)
 
 
 @pytest.mark.slow
@@ -241,6 +379,53 @@ def test_the_published_step_back_is_further_from_the_target_than_first_order_is(
     distance = lambda mode: tree.relative_distance(gaps[mode], gaps["replay"])
     assert distance("tangent") < 0.2 * tree.relative_distance(params, gaps["replay"])
     assert distance("paper") > 3 * distance("tangent")
+
+
+@pytest.mark.parametrize("incoming", ["any", "gradient"])
+def test_a_quote_counts_the_gradients_that_the_program_has(incoming):
+    """In products with the table of rows; a Hessian product with its gradient counts as three."""
+    tx = transforms.online_lbfgs(streams.squared, owners_per_pair=8, incoming=incoming)
+    params = {"w": jnp.zeros(3)}
+    row = records.Segment(
+        rows={"x": jnp.zeros((8, 3)), "y": jnp.zeros(8)}, ids=jnp.arange(8), weights=jnp.ones(8),
+        num_rows=jnp.int32(8), keys=jnp.zeros((), jnp.uint32), settings={},
+    )  # fmt: skip
+    inner = tx.init(params)
+    step = records.make_online_step(tx, streams.squared, normalizer="kept")
+    twin = records.make_twin_step(tx, streams.squared, normalizer="kept")
+    gradient = kernels.weighted_grad(streams.squared)
+    one = _readings(gradient, params, row.rows, row.weights)
+    counted = {
+        "replay": _readings(step, params, inner, row) // one,
+        "tangent": _readings(twin, records.twins_of(params, inner), row, row.weights) // one,
+    }
+    for mode, per_step in counted.items():
+        unlearner = unlearners.memory_pair(
+            streams.squared, num_examples=8, max_steps=2, batch_size=8, mode=mode, verify="off",
+            optimizer_options={"incoming": incoming},
+        )  # fmt: skip
+        state, ids = unlearner.init(params), np.arange(8, dtype=np.int32)
+        _, state = unlearner.update(params, state, params, batch=row.rows, ids=ids)
+        assert unlearner.quote(params, state, [1]).num_gradients == per_step
+    assert counted == ({"replay": 3, "tangent": 9} if incoming == "any" else
+                       {"replay": 2, "tangent": 8})  # fmt: skip
+
+
+def _readings(function, *operands) -> int:
+    """Products with the (8, 3) table of rows in a program, branches included."""
+
+    def inside(jaxpr):
+        found = 0
+        for eqn in jaxpr.eqns:
+            sizes = [getattr(v.aval, "size", 0) for v in eqn.invars]
+            found += eqn.primitive.name == "dot_general" and 8 * 3 in sizes
+            for value in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda leaf: hasattr(leaf, "jaxpr")
+            ):
+                found += inside(value.jaxpr) if hasattr(value, "jaxpr") else 0
+        return found
+
+    return inside(jax.make_jaxpr(function)(*operands).jaxpr)
 
 
 # --- the shape ---------------------------------------------------------------------------------
@@ -285,6 +470,18 @@ def test_noise_without_a_source_is_refused():
         transforms.PaperDeletion(noise_stddev=1.0)
     with pytest.raises(ValueError, match="finite"):
         transforms.PaperDeletion(rate=-1.0)
+
+
+def test_a_key_whose_words_the_ledger_cannot_hold_is_refused():
+    noisy = lambda params, batch, key: jnp.mean(params["w"]) * jax.random.normal(key)
+    unlearner = unlearners.memory_pair(noisy, **streams.options())
+    params = streams.start()
+    state = unlearner.init(params)
+    rows, ids = jax.tree.map(lambda leaf: leaf[:1], DATA), np.array([0], np.int32)
+    with pytest.raises(ValueError, match="default implementation"):
+        unlearner.update(
+            params, state, params, batch=rows, ids=ids, key=jax.random.key(0, impl="rbg")
+        )
 
 
 def test_an_insert_needs_its_rows():

@@ -141,6 +141,7 @@ def test_the_state_of_a_stream_can_be_forgotten_from():
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_first_order_is_exact_where_the_loss_is_quadratic(x64):
     data = streams.make_data(np.float64)
     params = streams.start(jnp.float64)
@@ -173,6 +174,7 @@ def test_first_order_is_close_where_it_is_not_and_says_when_it_cannot_be(x64):
     )
 
 
+@pytest.mark.slow
 def test_drop_pair_takes_the_own_pairs_and_nothing_else():
     script = [*streams.inserts(), (DELETE, [47])]
     before, _ = run(streams.inserts(), "drop_pair")
@@ -191,6 +193,7 @@ PAPER = transforms.PaperDeletion(
 ODOMETER = accounting.DeletionOdometer(max_deletions=3, noise_stddev=0.01, sensitivity=1e3)
 
 
+@pytest.mark.slow
 def test_the_published_step_is_what_it_says():
     script = [*streams.inserts(), (DELETE, [44])]
     changes = {"paper": PAPER, "nothing_below": None}
@@ -210,6 +213,7 @@ def test_the_published_step_is_what_it_says():
     assert float(output.noise_stddev[streams.INSERTS]) == 0.5
 
 
+@pytest.mark.slow
 def test_the_odometer_stops_the_stream_and_leaves_the_model_alone():
     changes = {"paper": PAPER, "nothing_below": None, "odometer": ODOMETER}
     script = [*streams.inserts(), *[(DELETE, [i]) for i in (47, 45, 43, 41)]]
@@ -220,6 +224,15 @@ def test_the_odometer_stops_the_stream_and_leaves_the_model_alone():
     assert outcome[3] == Outcome.EXHAUSTED
     shorter, _ = run(script[:-1], "paper", **changes)
     assert tree.same_bits(learned(state), learned(shorter))
+
+
+@pytest.mark.slow
+def test_an_id_named_twice_is_one_deletion():
+    changes = {"paper": PAPER, "nothing_below": None, "odometer": ODOMETER}
+    twice, _ = run([*streams.inserts(), (DELETE, [47, 47])], "paper", **changes)
+    once, _ = run([*streams.inserts(), (DELETE, [47])], "paper", **changes)
+    assert tree.same_bits(learned(twice), learned(once))
+    assert int(twice.stream_opt_state.record.num_deletions) == 1
 
 
 @pytest.mark.slow
@@ -234,7 +247,8 @@ def test_a_step_beyond_the_sensitivity_is_exhaustion_too():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("mode", ["replay", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["replay", "paper"])
 def test_an_event_needs_no_second_copy_of_the_ledger(mode):
     made = streams.unlearner(mode, max_steps=50_000, num_examples=100_000)
     event = jax.tree.map(lambda leaf: leaf[0], events_of(streams.inserts(), DATA))

@@ -27,8 +27,8 @@ from jaxunlearn.types import (
 )
 from jaxunlearn.unlearners.memory_pair._promises import promise, terms
 from jaxunlearn.unlearners.memory_pair._steps import (
+    correct_now,
     correction,
-    finished,
     insert_of,
     other_of,
     run_window,
@@ -102,17 +102,22 @@ def memory_pair(
       odometer: how many deletions "paper" may make, and with which noise; told by `quote`.
       nothing_below: in units of the parameters' rounding. "paper" and "drop_pair" first follow the
         rows' influence to the present; where both runs agreed to that since before the oldest pair,
-        nothing is left to remove, and nothing is done but to note it. None does not look.
+        nothing is left in parameters and pairs, and they stay. The counters and S_t, which forget
+        nothing, become those of the run without the rows, to first order. None does not look.
       num_checkpoints, checkpoint_every, segment_length, verify, verify_tolerance, progress: as in
         `unlearners.replay`; "paper" and "drop_pair" verify nothing.
 
     Returns:
       An `Unlearner` with the attribute `stream`, a `records.Stream`. `forget_step` takes, for
       "replay", a segment of steps as `unlearners.replay` does; for "tangent" one whose ids are in
-      place, with weight 0 for rows to go; else the rows (b, ...) to go, with weight 1.
+      place, with weight 0 for rows to go; else the rows (b, ...) to go, with weight 1. That one
+      is a deletion like those of `forget`, noted and charged, and does not look whether anything
+      is left. It is poisoned, with a status, where an id was forgotten already or never seen, and
+      where capacity or sensitivity are exceeded.
 
     Cost: an insert: three gradients, two with optimizer_options={"incoming": "gradient"}. A
-      deletion: as many for each step replayed; twice that to first order.
+      deletion: as many for each step replayed, again to verify. To first order six more instead:
+      two gradients and two Hessian products, counted as two; "paper" adds one for each id.
 
     Guarantees:
       Mode "replay" returns, bit for bit on one device, the parameters, pairs, counters and
@@ -138,6 +143,7 @@ def memory_pair(
     twin_step = records.make_twin_step(
         tx, loss_fn, normalizer=normalizer, rounding_units=nothing_below or 0.0
     )
+    per_step = 2 if options.get("incoming") == "gradient" else 3
     back = correction(loss_fn, mode, paper, odometer, options)
     every = checkpoint_every or max(1, max_steps // 256)
     segment_of = records.make_online_segment(online_step)
@@ -185,10 +191,7 @@ def memory_pair(
         if mode in ("replay", "tangent"):
             runner = segment_of if mode == "replay" else other_of(twin_segment)
             return run_window(runner, params, state, rows, ids, weights)
-        record = state.record
-        going = jnp.where(weights != 0, ids, -1)
-        new_params, inner, *_ = back(params, state.inner, rows, going, record.num_deletions)
-        return finished(new_params, inner, record)
+        return correct_now(back, num_examples, odometer, params, state, rows, ids, weights)
 
     def check_request(params, opt_state, ids):
         records.check_state(opt_state, MemoryPairRecord, "memory_pair")
@@ -270,11 +273,10 @@ def memory_pair(
         if looks:
             twins = follow(opt_state, ids, reader, plan)
             measured["influence"] = float(records.relative_gap(twins.other_params, twins.params))
-            gone = bool(records.is_gone(opt_state.inner.curvature, twins, jnp.asarray(ids)))
-            if gone:
+            if bool(records.is_gone(opt_state.inner, twins, jnp.asarray(ids))):
                 measured["nothing_left"] = True
-                params, inner = tree.copy((params, opt_state.inner))
-                return _Deleted(params, inner, checkpoints, measured)
+                inner = tree.copy(records.without_sums(opt_state.inner, twins))
+                return _Deleted(tree.copy(params), inner, checkpoints, measured)
         before = opt_state.record.num_deletions
         new, inner, norm, stddev, _ = correct(params, opt_state.inner, reader(ids), ids, before)
         if odometer is not None:
@@ -332,7 +334,8 @@ def memory_pair(
         record = opt_state.record
         plan = records.plan_deletion(record, ids) if ids.size else None
         steps = plan.stop - plan.start if plan and (mode == "replay" or looks) else 0
-        cost = {"replay": 3 * (1 if verify == "off" else 2), "tangent": 7}.get(mode, 7)
+        passes = 1 if verify == "off" else 2
+        cost = per_step * passes if mode == "replay" else per_step + 6
         state_bytes = tree.num_bytes(params) + tree.num_bytes(opt_state.inner)
         return Quote(
             num_forgotten=len(ids),
@@ -341,7 +344,7 @@ def memory_pair(
             guarantee=guarantee,
             num_steps=steps,
             num_gradients=cost * steps + (len(ids) if mode == "paper" else 0),
-            retrain_gradients=3 * int(record.participation.num_steps),
+            retrain_gradients=per_step * int(record.participation.num_steps),
             memory_bytes=(tree.num_bytes(record.checkpoints) + 2 * state_bytes) if ids.size else 0,
         )
 
@@ -376,11 +379,6 @@ def _check_options(mode, normalizer, paper, odometer, batch_size, max_steps, ver
 
 def _check_step(ids, batch, key, batch_size, keyed):
     """Refuse, at trace time, a step that the ledger cannot hold."""
-    if ids is None:
-        return
-    if jnp.shape(ids)[0] > batch_size:
-        raise ValueError(f"Expected at most batch_size={batch_size} ids, got {jnp.shape(ids)[0]}.")
-    if batch is None:
+    records.check_logged_step(ids, key, batch_size, keyed)
+    if ids is not None and batch is None:
         raise ValueError("Expected batch= with ids=: the pair of an insert is made on its rows.")
-    if keyed and key is None:
-        raise ValueError("Expected key=step_key in update: the loss takes one.")

@@ -37,20 +37,28 @@ def promise(mode, measured, normalizer, tolerance) -> dict[str, Any]:
         f"tolerance {tolerance:g}.",
     )
     divided = "the rows that are left" if normalizer == "kept" else "the rows it had"
+    nothing_left = bool(measured.get("nothing_left"))
+    case = "nothing_left" if nothing_left else mode
+    followed = certificates.Assumption(
+        "ledger fidelity", "assumed", "The ledger leads to the given state: this was not verified."
+    )
     return {
         "method": "memory_pair",
         "paper": PAPER,
         "target": "counterfactual",
         "guarantee": "exact" if exact else "heuristic",
-        "scope": "full-state" if mode in ("replay", "tangent") else "params",
-        "why_no_epsilon": _WHY[mode] if not (exact and rounded) else _WHY_ROUNDED,
+        # The scope is what the deletion had a hand in: the published step moves nothing else.
+        "scope": "params" if case == "paper" else "full-state",
+        "why_no_epsilon": _WHY[case] if not (exact and rounded) else _WHY_ROUNDED,
         "residuals": {"replay_distance": measured["replay_distance"]} if rounded else {},
         "assumptions": (
             *((fidelity,) if mode in ("replay", "tangent") else ()),
+            *((followed,) if nothing_left else ()),
             certificates.Assumption("normalizer", "proven", f"Steps are divided by {divided}."),
             *certificates.assumed(*_ASSUMED),
         ),
         "not_covered": (
+            *_LEFT.get(case, ()),
             *certificates.excluded("earlier models", "preparation", "copies", "other rows"),
             *(() if exact else ("The distance to a run without the rows, which nothing bounds.",)),
         ),
@@ -64,6 +72,27 @@ _WHY = {
     "paper": (
         "heuristic: noise scaled to the step back says nothing of its distance to a run without "
         "the rows, and the pairs are left as they were"
+    ),
+    "nothing_left": (
+        "heuristic: to first order, a run without the rows had the same parameters to rounding "
+        "since before the oldest pair; parameters and pairs are as given, the counters and the sum "
+        "of squares are those of that run, and no noise was added"
+    ),
+}
+_LEFT = {
+    "drop_pair": (
+        "The parameters: they are bitwise those given, and carry the rows as before.",
+        "Pairs of other rows, made at parameters that carry the rows.",
+        "The counters and the sum of squares S_t: unchanged, the rows are in them.",
+    ),
+    "paper": (
+        "The curvature pairs: unchanged, those made from the rows among them.",
+        "The sum of squares S_t, and with it later step sizes: unchanged, the rows are in it.",
+        "The counters: unchanged, they count the steps of the rows.",
+    ),
+    "nothing_left": (
+        "What first order does not see: its remainder is not bounded, in S_t neither.",
+        "Differences below rounding in parameters and pairs, and the slots that the pairs take.",
     ),
 }
 _WHY_ROUNDED = "exact up to the rounding listed as replay_distance, no noise added"

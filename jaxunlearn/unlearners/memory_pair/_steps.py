@@ -35,6 +35,23 @@ def correction(loss_fn, mode, paper, odometer, options):
     )  # fmt: skip
 
 
+def correct_now(back, num_examples, odometer, params, state, rows, ids, weights):
+    """A deletion by `correction` at the present state, noted and charged for like any other.
+
+    The result is poisoned, and the record as it was but for its status, where an id is out of
+    range, forgotten already or never seen, and where capacity or sensitivity do not suffice.
+    """
+    record = state.record
+    going = records.each_once(jnp.where(weights != 0, ids, -1))
+    capacity = None if odometer is None else odometer.max_deletions
+    status = records.deletion_status(record, going, num_examples, capacity)
+    new_params, inner, _, _, fits = back(params, state.inner, rows, going, record.num_deletions)
+    status |= jnp.where(fits, 0, int(Status.BUDGET_EXHAUSTED)).astype(jnp.int32)
+    erased = records.erase(record, going)
+    record = jax.tree.map(lambda new, old: jnp.where(status == 0, new, old), erased, record)
+    return finished(new_params, inner, record, status)
+
+
 def other_of(twin_segment):
     """`make_twin_segment`'s run as (params, inner, segment, active) -> (params, inner, flags)."""
 
@@ -67,10 +84,11 @@ def run_window(runner, params, state, rows, ids, weights):
     return finished(keep(new_params, params), keep(inner, state.inner), record, num_steps=active)
 
 
-def finished(params, inner, record, **arrays):
-    """What `forget_step` returns: poisoned where it is not finite."""
-    failed = ~tree.all_finite(params)
-    status = jnp.where(failed, int(Status.NON_FINITE), 0).astype(jnp.int32)
+def finished(params, inner, record, status=0, **arrays):
+    """What `forget_step` returns: poisoned where `status` is not OK or a value is not finite."""
+    broken = ~tree.all_finite(params)
+    status = status | jnp.where(broken, int(Status.NON_FINITE), 0).astype(jnp.int32)
+    failed = status != 0
     participation = record.participation
     participation = participation._replace(status=participation.status | status)
     record = record._replace(participation=participation)
