@@ -119,7 +119,10 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "adaptive" else pytest.param(n, marks=pytest.mark.slow) for n in RUNS],
+)
 def test_equals_the_recursion_with_a_dense_inverse(name, x64):
     options, rate_of, admit, l2 = RUNS[name]
     data = make_data()
@@ -152,6 +155,7 @@ def test_the_pair_is_made_on_the_batch_whatever_came_in(x64):
     assert np.abs(flat(train(mixed, data, start(), clip=clip)[0]) - reference.w).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_promised_gradient_saves_one_and_changes_nothing(x64):
     data = make_data()
     options = {"memory_size": MEMORY, "owners_per_pair": BATCH, "l2": 0.1}
@@ -162,6 +166,7 @@ def test_a_promised_gradient_saves_one_and_changes_nothing(x64):
     np.testing.assert_allclose(flat(runs[0]), flat(runs[1]), atol=1e-13)
 
 
+@pytest.mark.slow
 def test_value_fn_stands_for_the_batch():
     data = make_data(dtype=np.float32)
     rows = jax.tree.map(lambda leaf: leaf[0], data)
@@ -218,6 +223,7 @@ def test_it_chains_takes_a_schedule_and_keeps_every_aval_under_donation():
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_have_float32_pairs_of_the_move_that_was_made():
     rows = jax.tree.map(lambda leaf: leaf[0], make_data(dtype=np.float32))
     params = start(jnp.bfloat16)
@@ -231,6 +237,7 @@ def test_bfloat16_parameters_have_float32_pairs_of_the_move_that_was_made():
     np.testing.assert_array_equal(state.curvature.pairs["w"][0, 0], made)
 
 
+@pytest.mark.slow
 def test_max_norm_is_kept_and_the_pair_knows_the_shorter_move():
     rows = jax.tree.map(lambda leaf: leaf[0], make_data(dtype=np.float32))
     params = start(jnp.float32)
@@ -246,6 +253,7 @@ def test_max_norm_is_kept_and_the_pair_knows_the_shorter_move():
     assert lengths["step"] > 2.5
 
 
+@pytest.mark.slow
 def test_ids_of_weight_zero_own_nothing():
     rows = jax.tree.map(lambda leaf: leaf[0], make_data(dtype=np.float32))
     params = jax.tree.map(lambda leaf: leaf + 0.1, start(jnp.float32))
@@ -258,6 +266,7 @@ def test_ids_of_weight_zero_own_nothing():
     assert state.curvature.pair_owners[0].tolist() == [7, -1, -1, 9]
 
 
+@pytest.mark.slow
 def test_inside_replay_it_is_deleted_from_exactly():
     data = make_data(dtype=np.float32)
     rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), data)

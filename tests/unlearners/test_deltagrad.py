@@ -121,10 +121,10 @@ class Spy:
 @pytest.mark.parametrize(
     ("name", "normalizer"),
     [
-        ("sgd", "kept"),
         ("clipped", "kept"),
-        ("adam", "kept"),
         ("momentum", "batch"),
+        pytest.param("sgd", "kept", marks=pytest.mark.slow),
+        pytest.param("adam", "kept", marks=pytest.mark.slow),
         pytest.param("nesterov", "kept", marks=pytest.mark.slow),
         pytest.param("line-search", "kept", marks=pytest.mark.slow),
     ],
@@ -156,6 +156,7 @@ def test_steps_before_the_first_use_of_a_row_evaluate_nothing(x64):
     assert batches == wanted
 
 
+@pytest.mark.slow
 def test_a_batch_that_loses_all_its_rows_takes_a_step_without_gradient(x64):
     tx = TRANSFORMS["momentum"]()
     gone = [i for i in ids_of_step(2) if i >= 0]
@@ -169,6 +170,7 @@ def test_a_batch_that_loses_all_its_rows_takes_a_step_without_gradient(x64):
     np.testing.assert_allclose(oracles.flat(result.params), w, rtol=0, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_dropout_keys_are_the_rows_own(x64):
     def dropout(params, batch, key):
         mask = jax.random.bernoulli(key, 0.8, batch["x"].shape)
@@ -236,8 +238,13 @@ def slow_deltagrad(forget, *, period, burn_in, memory, decay, rate, earlier=()):
     return w, velocity
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.9])
-@pytest.mark.parametrize("memory", [1, 3])
+@pytest.mark.parametrize(
+    ("memory", "decay"),
+    [
+        (3, 0.9),
+        *(pytest.param(*figures, marks=pytest.mark.slow) for figures in ((1, 0.9), (1, 0), (3, 0))),
+    ],
+)
 def test_it_is_the_papers_algorithm_with_a_dense_matrix(x64, memory, decay):
     tx = optax.chain(optax.trace(decay), optax.scale(-0.1))
     schedule = {"period": 4, "burn_in": 5, "memory": memory}
@@ -251,6 +258,7 @@ def test_it_is_the_papers_algorithm_with_a_dense_matrix(x64, memory, decay):
     assert result.info.measurements["exact_steps"] == 5 + 5
 
 
+@pytest.mark.slow
 def test_a_second_deletion_builds_on_the_corrected_run(x64):
     tx = optax.chain(optax.trace(0.5), optax.scale(-0.1))
     schedule = {"period": 4, "burn_in": 5, "memory": 2}
@@ -277,6 +285,7 @@ def test_the_cached_run_becomes_the_run_without_the_rows(x64):
     assert not np.any(result.opt_state.record.delta_pairs.pairs["w"])
 
 
+@pytest.mark.slow
 def test_it_comes_closer_to_the_oracle(x64):
     tx = TRANSFORMS["sgd"]()
     unlearner = make(tx, period=3, burn_in=6, settle=6)
@@ -287,6 +296,7 @@ def test_it_comes_closer_to_the_oracle(x64):
     assert gap(result.params, target[0]) < 0.2 * gap(params, target[0])
 
 
+@pytest.mark.slow
 def test_one_parameter_and_the_full_batch_are_exact_whatever_the_period(x64):
     square = lambda params, batch: jnp.mean((batch["x"][:, 0] * params["b"] - batch["y"]) ** 2)
     rows = np.arange(BATCH, dtype=np.int32)
@@ -350,6 +360,7 @@ def test_where_curvature_is_negative_the_gradient_is_evaluated(x64):
     assert gaps["exact"] < gaps["ignore"]
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_reads_the_loss_takes_exact_steps_only(x64):
     params = jax.tree.map(jnp.asarray, problem()[1])
     reads = lambda tx: records.reads_loss(tx, params, tx.init(params))

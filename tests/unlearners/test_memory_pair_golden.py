@@ -48,6 +48,7 @@ def assert_rows_close(path, expected):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_the_first_published_code(x64):
     """Rate 0.5, noise scaled to each step back, steps back at rate 1."""
     with np.load(streams.golden("memory_pair_exp_trace.npz")) as file:
