@@ -191,6 +191,7 @@ def test_a_search_along_the_line_gets_what_it_asks_for():
     assert measured.carry_error == 0.0
 
 
+@pytest.mark.slow
 def test_probes_of_an_lbfgs_state_agree_with_the_dense_matrices_on_average(x64):
     one, other = draw_pairs(1, 3), draw_pairs(2, 3)
     states = [(as_params(np.ones(SIZE)), online(pairs, 4)) for pairs in (one, other)]

@@ -208,6 +208,7 @@ def test_every_argument_counts(change):
     assert differing(remade(tx), remade(tx, **changed[change]))
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_requests():
     again = records.make_rebuild(
         optax.adam(0.1), cases.squared_error, records.Rebuild(key=KEY, batch_size=4, num_batches=3),
@@ -432,6 +433,7 @@ def test_counts_inside_multi_steps_are_those_of_the_steps_that_were_made():
     assert (int(state.inner_opt_state.count), int(state.mini_step)) == (4, 1)
 
 
+@pytest.mark.slow
 def test_the_hessian_products_are_those_of_the_sampled_rows():
     """A guard of the oracle here: `hessian` is the library's Hessian too."""
     rows = jax.tree.map(lambda leaf: leaf[RETAINED], DATA)

@@ -153,6 +153,7 @@ def test_keep_returns_the_parameters_as_they_are_and_mends_the_state_alone():
     assert differing(again.params, params) == []
 
 
+@pytest.mark.slow
 def test_two_deletions_in_a_row_equal_one_of_both():
     method = unlearner(optax.adamw(0.05))
     (params, state), _ = train(method)
