@@ -193,8 +193,13 @@ class _Update(NamedTuple):
     """J_U at the actual step: of everything, and of the gradient alone."""
 
     tracked: Tracked
+    dtypes: tuple[Any, ...]
     of_state: Callable[..., tuple[Array, ...]]
     of_gradient: Callable[..., tuple[Array, ...]]
+
+    def split(self, tangent: Sequence[Array]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """(dp, ds) in the precision of the arithmetic, whatever the stacks are stored in."""
+        return self.tracked.split([x.astype(t) for x, t in zip(tangent, self.dtypes)])
 
 
 def _linearised_update(apply, tracked: Tracked, params, inner, grads) -> _Update:
@@ -209,6 +214,7 @@ def _linearised_update(apply, tracked: Tracked, params, inner, grads) -> _Update
 
     return _Update(
         tracked,
+        tuple(leaf.dtype for leaf in (*p, *s)),
         jax.linearize(update, g, s, p)[1],
         jax.linearize(lambda g: update(g, s, p), g)[1],
     )
@@ -275,7 +281,7 @@ def _few(point: _Update, rows: _Rows, tangents, live, is_loo: bool, is_kept: boo
         divisors = jnp.sum(jnp.where(mine, 0, rows.weights), axis=1)
 
     def one(tangent, counted, divisor):
-        dp, ds = point.tracked.split(tangent)
+        dp, ds = point.split(tangent)
         safe = jnp.where(divisor == 0, 1.0, divisor)
         without = lambda p: rows.gradient(p, counted, safe)
         if is_loo:
@@ -290,9 +296,7 @@ def _few(point: _Update, rows: _Rows, tangents, live, is_loo: bool, is_kept: boo
         return point.of_state(tuple(dg), ds, dp)
 
     alive = _alive(tangents, live)
-    new = [
-        one(widened([leaf[k] for leaf in alive]), counted[k], divisors[k]) for k in range(num_units)
-    ]
+    new = [one([leaf[k] for leaf in alive], counted[k], divisors[k]) for k in range(num_units)]
     stacked = [jnp.stack(leaves) for leaves in zip(*new)]
     return tuple(leaf.astype(old.dtype) for leaf, old in zip(stacked, tangents))
 
@@ -317,7 +321,7 @@ def _many(
     )
 
     def ahead(tangent):
-        dp, ds = point.tracked.split(widened(tangent))
+        dp, ds = point.split(tangent)
         return point.of_state(rows.hessian(dp), ds, dp)
 
     def block(stacks, live):
@@ -351,7 +355,7 @@ def _sources(rows: _Rows, slots: Array, is_loo: bool, is_kept: bool):
 
     def one(row, key, dp, counted, weight, share):
         own = lambda p: rows.one(p, row, key)
-        dp = widened(dp)
+        dp = tuple(x.astype(p.dtype) for x, p in zip(dp, rows.params))
         if is_loo:
             gradient, product = jax.jvp(own, (rows.params,), (dp,))
             gradient = tuple(g + h for g, h in zip(gradient, product))

@@ -88,13 +88,22 @@ def init_along(tangents: kernels.Tangents, params, inner, *, num_shadows: int) -
 
 
 def end_shadows(shadows: Shadows) -> Shadows:
-    """Nothing left of the shadows but their figure: they were trained on what is forgotten."""
-    zero = lambda leaf: jnp.zeros_like(leaf) if tree.is_inexact(leaf) else leaf
-    return Shadows(
-        shadow_units=jnp.full_like(shadows.shadow_units, ENDED),
-        shadow_states=jax.tree.map(zero, shadows.shadow_states),
-        linearity=shadows.linearity,
-    )
+    """Shadows no longer followed: they were trained on what is forgotten. Their figure stays.
+
+    The next step clears them; `without_states` does so at once.
+    """
+    return shadows._replace(shadow_units=jnp.full_like(shadows.shadow_units, ENDED))
+
+
+def without_states(shadows: Shadows) -> Shadows:
+    """The same with zeros in the place of what the shadows held."""
+    cleared = jax.tree.map(_zeros, shadows.shadow_states)
+    return shadows._replace(shadow_states=cleared)
+
+
+def _zeros(leaf):
+    """Zeros for floats; integers and keys as they are."""
+    return jnp.zeros_like(leaf) if tree.is_inexact(leaf) else leaf
 
 
 class Lockstep:
@@ -211,12 +220,15 @@ class Lockstep:
         return along._replace(tangents=tangents, shadows=shadows)
 
     def _without(self, state, unit, step: TracedStep, extra):
-        """One step of the shadow that leaves `unit` out."""
+        """One step of the shadow that leaves `unit` out; zeros where there is none."""
         params, inner = state
         weights = jnp.where((step.units == unit) & (unit >= 0), 0, step.weights)
         grads, _, own = self.gradient(params, step._replace(weights=weights))
         wanted = {name: own[name] for name in own if extra.get(name) is not None}
-        return self._applied(grads, inner, params, extra | wanted)
+        moved = self._applied(grads, inner, params, extra | wanted)
+        return jax.tree.map(
+            lambda leaf: jnp.where(unit >= 0, leaf, 0) if tree.is_inexact(leaf) else leaf, moved
+        )
 
     def _slot_of(self, unit, i: int):
         return self._own_slots + i if self._slots is None else self._slots(unit)

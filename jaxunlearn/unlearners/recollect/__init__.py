@@ -326,9 +326,8 @@ def recollect(
         live = np.array(along.slot_is_live)
         if not joint:
             live[np.asarray(table.slots(jnp.asarray(ids)))] = False
-        along = along._replace(
-            slot_is_live=jnp.asarray(live), shadows=records.end_shadows(along.shadows)
-        )
+        ended = records.end_shadows(records.without_states(along.shadows))
+        along = along._replace(slot_is_live=jnp.asarray(live), shadows=ended)
         return UnlearnerState(state.inner, state.record._replace(along=along))
 
     def refresh(params, opt_state, *, data):

@@ -80,7 +80,7 @@ class Setting:
             "tangents": along.tangents,
             "probes": along.shadows,
             "initial_state": record.checkpoints,
-            "log": (record.log, record.participation, along.slot_is_live),
+            "log": (record.log, record.participation, along.slot_is_live, along.gradient_squares),
         }
         sizes = {name: tree.num_bytes(part) for name, part in parts.items()}
         return sizes | {"total": sum(sizes.values())}
@@ -158,7 +158,7 @@ def make_add_step(setting: Setting):
         is_live = is_live.at[nowhere].set(False, mode="drop")
         return is_live, step_ids, *_checked(params, inner, *moved, status)
 
-    def assembled(changes, end_shadows):
+    def assembled(changes, clear):
         def add_step(params, state, rows, ids, weights):
             del rows
             record, along = state.record, state.record.along
@@ -169,25 +169,21 @@ def make_add_step(setting: Setting):
             record = record._replace(
                 participation=record.participation._replace(status=status),
                 log=record.log._replace(step_ids=step_ids),
-                along=along._replace(slot_is_live=is_live, shadows=end_shadows(along.shadows)),
+                along=along._replace(
+                    slot_is_live=is_live, shadows=records.end_shadows(clear(along.shadows))
+                ),
             )
             return params, UnlearnerState(inner, record), {"status": failure}
 
         return add_step
 
-    end = records.end_shadows
-    return assembled(changes, end), assembled(jax.jit(changes), _once(jax.jit(end)))
+    cleared = jax.jit(records.without_states)
 
+    def clear_once(shadows):
+        over = bool(jnp.all(shadows.shadow_units == records.ENDED))
+        return shadows if over else cleared(shadows)
 
-def _once(end_shadows):
-    """`end_shadows`, on the host, and only where there are any to end."""
-
-    def end(shadows: records.Shadows) -> records.Shadows:
-        if bool(jnp.all(shadows.shadow_units == records.ENDED)):
-            return shadows
-        return end_shadows(shadows)
-
-    return end
+    return assembled(changes, lambda shadows: shadows), assembled(jax.jit(changes), clear_once)
 
 
 def make_joint_step(setting: Setting):
@@ -233,14 +229,22 @@ def concluded(params, state, moved, record):
 
 
 def _checked(params, inner, new_params, new_inner, status):
-    """The new state, poisoned where it lost what was finite; the sticky status, and this step's."""
+    """The new state, poisoned where it is not finite; the sticky status, and this step's.
+
+    A scalar of the optimizer state may have been infinite before: a line search starts with one.
+    """
     pairs = zip(jax.tree.leaves(inner), jax.tree.leaves(new_inner), strict=True)
-    kept = [jnp.where(jnp.isfinite(old), new, 0) for old, new in pairs if tree.is_inexact(old)]
-    failed = ~jnp.isfinite(_largest([*jax.tree.leaves(new_params), *kept]))
+    held = [new if jnp.ndim(new) else _where_finite(old, new) for old, new in pairs]
+    failed = ~jnp.isfinite(_largest([*jax.tree.leaves(new_params), *held]))
     failure = jnp.where(failed, int(Status.NON_FINITE), 0).astype(jnp.int32)
     new_params = tree.match_weak_types(tree.poison(new_params, failed), params)
     new_inner = tree.match_weak_types(tree.poison(new_inner, failed), inner)
     return new_params, new_inner, status | failure, failure
+
+
+def _where_finite(old, new):
+    """`new`, or zero where `old` is not finite."""
+    return jnp.where(jnp.isfinite(old), new, 0) if tree.is_inexact(old) else new
 
 
 def _largest(leaves):

@@ -1,0 +1,107 @@
+"""Claim: `recollect` forgets in at most three vector additions, and compiles once a bucket size.
+
+A million float32 parameters under SGD with momentum. `forget_step`, jitted with the state donated,
+adds a tangent to parameters and momentum and checks the result: at most 3
+times one addition over the same leaves, measured interleaved. Printed beside it, without a claim:
+`forget` itself, whose certificate hashes parameters and state before and after with SHA-256.
+
+python benchmarks/claims/recollect_is_fast.py [--quick]    exits 1 where this does not hold.
+"""
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _harness import compare, table
+
+from jaxunlearn import tree, unlearners
+
+NUM_PARAMETERS, NUM_UNITS, MAX_ADDITIONS = 1_000_000, 8, 3.0
+
+
+def loss_fn(params, batch):
+    return 0.5 * jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+
+
+def trained():
+    """A run of a few steps in which every unit took part."""
+    tx = optax.sgd(1e-7, momentum=0.9)
+    unlearner = unlearners.recollect(
+        tx, loss_fn, num_examples=NUM_UNITS, batch_size=2, max_steps=16, progress=False
+    )
+    rng = np.random.default_rng(0)
+    data = {
+        "x": rng.normal(size=(NUM_UNITS, NUM_PARAMETERS)).astype(np.float32),
+        "y": rng.normal(size=NUM_UNITS).astype(np.float32),
+    }
+
+    @jax.jit
+    def step(params, state, rows, ids):
+        grads = jax.grad(loss_fn)(params, rows)
+        updates, state = unlearner.update(grads, state, params, batch=rows, ids=ids)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": jnp.zeros(NUM_PARAMETERS)}
+    state = unlearner.init(params)
+    for t in range(NUM_UNITS):
+        ids = np.array([2 * t, 2 * t + 1], np.int32) % NUM_UNITS
+        rows = jax.tree.map(lambda leaf, ids=ids: leaf[ids], data)
+        params, state = step(params, state, rows, ids)
+    return unlearner, params, state
+
+
+def compilations(function) -> int:
+    """How many programs XLA compiles while `function()` runs."""
+    found = []
+    listen = lambda event, seconds, **_: "backend_compile" in event and found.append(seconds)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    function()
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return len(found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    unlearner, params, state = trained()
+    leaves = [params["w"], state.inner[0].trace["w"]]
+    tangent = [jnp.ones_like(leaf) for leaf in leaves]
+    add = jax.jit(lambda a, b: [x + y for x, y in zip(a, b)])
+    forget_step = jax.jit(unlearner.forget_step, donate_argnums=(0, 1))
+    one, weight = np.array([3], np.int32), np.zeros(1, np.float32)
+    current = [tree.copy((params, state))]
+
+    def forget_in_place():
+        *current[0], arrays = forget_step(*current[0], None, one, weight)
+        return arrays
+
+    candidates = {
+        "one addition": lambda: add(leaves, tangent),
+        "forget_step": forget_in_place,
+        "forget": lambda: unlearner.forget(params, state, [3])[0],
+        "hashing alone": lambda: [tree.digest(x) for x in 2 * [params, state.inner]] and params,
+    }
+    results = compare(
+        candidates, baseline="one addition", patience=5.0 if quick else 20.0, sample_seconds=0.01,
+        always=("forget_step",),
+    )  # fmt: skip
+    print(table(results))
+    ratio = results["forget_step"]["ratio"]
+    unlearner.forget(params, state, [0, 1])
+    compiled = compilations(
+        lambda: [unlearner.forget(params, state, [a, a + 1]) for a in (2, 4, 6)]
+    )
+    print(f"forget_step: at most {MAX_ADDITIONS} additions: {ratio <= MAX_ADDITIONS}")
+    print(f"programs compiled by three more requests of one size: {compiled}")
+    return 0 if ratio <= MAX_ADDITIONS and compiled == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
