@@ -46,8 +46,9 @@ class Case:
     crossed: is run with every transform of INSIDE; a mere variant runs with the plain one.
     operands: (run, forget) -> what `forget_step` takes to forget those ids from a `Trained`.
     before_noise: the parameters that a `Forgotten` had before noise.
-    own_tx: loss_fn -> the optimizer, for a method that brings its own; it is not crossed.
     spread: (params, state) -> the state in which a method looks for these parameters too.
+    own_tx: loss_fn -> the optimizer, for a method that brings its own; it is not crossed.
+    needs_data: `forget` reads rows; without it looks at some only where it gets any.
     """
 
     name: str
@@ -60,8 +61,9 @@ class Case:
     crossed: bool = True
     before_noise: Callable[[Any], Any] = lambda forgotten: forgotten.params
     oracle_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    own_tx: Callable[[Callable], optax.GradientTransformation] | None = None
     spread: Callable[..., Any] = lambda params, state: state
+    needs_data: bool = True
+    own_tx: Callable[[Callable], optax.GradientTransformation] | None = None
 
 
 def run_as_segment(run: "Trained", forget) -> tuple:
@@ -102,6 +104,21 @@ def along_the_path(params, state):
     return state._replace(record=state.record._replace(path_params=path))
 
 
+def units_to_add(run: "Trained", forget) -> tuple:
+    """The trained state and a bucket of ids with new weights: recollect looks at no rows."""
+    ids = records.bucket(np.asarray(forget, np.int32)) if len(forget) else np.array([-1, -1])
+    rows, _ = run.problem.batch(ids)
+    return run.params, run.state, rows, ids.astype(np.int32), np.zeros(len(ids), np.float32)
+
+
+def with_spoilt_tangents(params, state):
+    """The state as if a row of the run had exploded."""
+    along = state.record.along
+    spoilt = tuple(jnp.full_like(leaf, jnp.inf) for leaf in along.tangents)
+    record = state.record._replace(along=along._replace(tangents=spoilt))
+    return state._replace(record=record)
+
+
 def iterate_of(forgotten):
     """The un-noised float64 iterate in the record."""
     words = forgotten.opt_state.record.iterate_words
@@ -117,6 +134,12 @@ def memory_pair(tx, loss_fn, **options) -> Unlearner:
 REPLAY = {"batch_size": BATCH, "max_steps": STEPS + 3, "num_checkpoints": 3}
 KEPT = {"normalizer": "kept"}
 DELTAGRAD = REPLAY | {"period": 2, "burn_in": 2}
+RECOLLECT = {
+    "batch_size": BATCH,
+    "max_steps": STEPS + 3,
+    "if_rough": "replay",
+    "rough_above": 1e9,
+}
 NEWTON = {
     "l2": 0.5,
     "noise_stddev": 10.0,
@@ -126,13 +149,13 @@ REBUILD = {"rebuild": records.Rebuild(key=jax.random.key(11), batch_size=BATCH, 
 _replay = functools.partial(
     Case, factory=unlearners.replay, operands=run_as_segment, exact=True, has_max_steps=True
 )
-_fixed_path = functools.partial(
-    Case, factory=unlearners.fixed_path, operands=run_as_segment, has_max_steps=True,
-    spread=along_the_path,
-)  # fmt: skip
 _memory_pair = functools.partial(
     Case, factory=memory_pair, has_max_steps=True, crossed=False,
     own_tx=lambda loss_fn: transforms.online_lbfgs(loss_fn, owners_per_pair=BATCH),
+)  # fmt: skip
+_fixed_path = functools.partial(
+    Case, factory=unlearners.fixed_path, operands=run_as_segment, has_max_steps=True,
+    spread=along_the_path,
 )  # fmt: skip
 CASES = [
     _replay("replay", options=REPLAY),
@@ -142,6 +165,23 @@ CASES = [
     _memory_pair(
         "memory_pair-tangent", options=REPLAY | {"mode": "tangent"}, operands=run_with_the_rows
     ),  # fmt: skip
+    Case(
+        "recollect",
+        unlearners.recollect,
+        RECOLLECT,
+        units_to_add,
+        has_max_steps=True,
+        spread=with_spoilt_tangents,
+        needs_data=False,
+    ),
+    Case(
+        "recollect-joint",
+        unlearners.recollect,
+        RECOLLECT | {"joint": True},
+        run_with_the_rows,
+        has_max_steps=True,
+        crossed=False,
+    ),
     Case("newton", unlearners.newton, NEWTON, rows_at_once, noisy=True, before_noise=iterate_of),
     _fixed_path("fixed_path", options=REPLAY),
     _fixed_path("fixed_path-kept", options=REPLAY | KEPT, crossed=False),
