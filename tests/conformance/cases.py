@@ -164,7 +164,7 @@ CASES = [
     _memory_pair("memory_pair", options=REPLAY, operands=run_as_segment),
     _memory_pair(
         "memory_pair-tangent", options=REPLAY | {"mode": "tangent"}, operands=run_with_the_rows
-    ),  # fmt: skip
+    ),
     Case(
         "recollect",
         unlearners.recollect,

@@ -221,8 +221,8 @@ def make_joint_step(setting: Setting):
 
 def concluded(params, state, moved, record):
     """What a step returns: the moved state, poisoned where it is no longer finite."""
-    status = record.participation.status
-    params, inner, status, failure = _checked(params, state.inner, *moved, status)
+    status, (new_params, new_inner) = record.participation.status, moved
+    params, inner, status, failure = _checked(params, state.inner, new_params, new_inner, status)
     participation = record.participation._replace(status=status)
     state = UnlearnerState(inner, record._replace(participation=participation))
     return params, state, {"status": failure}
