@@ -21,7 +21,7 @@ class Units:
 
     >>> units = Units(4, units=[0, 0, 1, 2], track=[2, 0])
     >>> units.num_slots, units.examples(np.array([0])), units.slots_of_examples(jnp.arange(4))
-    (2, array([0, 1], dtype=int32), Array([0, 0, 2, 1], dtype=int32))
+    (2, array([0, 1], dtype=int32), Array([ 0,  0, -1,  1], dtype=int32))
     """
 
     def __init__(self, num_examples: int, units: Any = None, track: Any = None):
