@@ -9,6 +9,13 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxunlearn.kernels import _cpu
+from jaxunlearn.kernels._stacks import (
+    is_on_host,
+    on_device,
+    placed_like,
+    read_block,
+    write_block,
+)
 
 Tangents = tuple[Array, ...]
 """One stack (num_units, *leaf.shape) a tracked leaf: of the parameters, then of the state."""
@@ -50,7 +57,10 @@ def in_blocks(function, stacks: Tangents, live, carried: Tangents, at_once: int)
     num_units, num_shards = stacks[0].shape[0], jax.device_count()
     num_blocks = _num_blocks(num_units, at_once)
     if num_blocks == 1:
-        return function(stacks, live), carried
+        new = function(tuple(map(on_device, stacks)), live)
+        return tuple(placed_like(part, leaf) for part, leaf in zip(new, stacks)), carried
+    if is_on_host(stacks[0]):
+        return _from_host(function, stacks, live, num_units // num_blocks), carried
     if num_units % (num_blocks * num_shards):
         num_shards = 1
     rows = num_units // num_blocks
@@ -80,6 +90,18 @@ def in_blocks(function, stacks: Tangents, live, carried: Tangents, at_once: int)
     first = tuple(take(0, leaf) for leaf in views)
     views, _, carried = lax.fori_loop(0, num_blocks + 1, body, (views, first, carried))
     return tuple(leaf.reshape(num_units, *leaf.shape[3:]) for leaf in views), carried
+
+
+def _from_host(function, stacks: Tangents, live, rows: int) -> Tangents:
+    """`function` of blocks that come from the host's memory and go back to it."""
+
+    def body(i, stacks):
+        block = tuple(read_block(leaf, i * rows, rows) for leaf in stacks)
+        own = None if live is None else lax.dynamic_slice_in_dim(live, i * rows, rows)
+        new = function(block, own)
+        return tuple(write_block(leaf, part, i * rows) for leaf, part in zip(stacks, new))
+
+    return lax.fori_loop(0, stacks[0].shape[0] // rows, body, stacks)
 
 
 def _num_blocks(num_units: int, at_once: int) -> int:

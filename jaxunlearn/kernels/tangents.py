@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxunlearn.kernels import _cpu
@@ -22,6 +21,15 @@ from jaxunlearn.kernels._blocks import (
     padded_units,
 )
 from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
+from jaxunlearn.kernels._stacks import (
+    HOST,
+    add_rows,
+    moved_by_rows,
+    on_device,
+    placed_like,
+    read_row,
+    read_rows,
+)
 from jaxunlearn.kernels._tracked import Tracked, TrackLeaves, widened
 from jaxunlearn.kernels.rowwise import (
     as_weights,
@@ -46,6 +54,7 @@ class StateTangents(NamedTuple):
     step: Callable[..., Tangents]
     add: Callable[..., tuple[Params, PyTree]]
     take: Callable[[Params, PyTree], tuple[tuple[Array, ...], tuple[Array, ...]]]
+    read: Callable[..., tuple[Array, ...]]
 
 
 def state_tangents(
@@ -56,6 +65,7 @@ def state_tangents(
     normalizer: str = "batch",
     track_leaves: TrackLeaves = None,
     storage_dtype: Any = None,
+    offload: str | None = None,
     units_at_once: int | None = None,
     microbatch_size: int | None = None,
 ) -> StateTangents:
@@ -83,11 +93,12 @@ def state_tangents(
         others count as constants, and so do the leaves of the state that belong to them.
       storage_dtype: of the stacks; None keeps each leaf's own, in float32 or wider. Arithmetic is
         in float32 or wider whatever it is.
+      offload: "host" keeps the stacks in the host's memory; blocks come to the device and go back.
       units_at_once: tangents in one block; None takes as many as stay in cache on CPU.
       microbatch_size: tracked rows of the batch differentiated at a time; None as units_at_once.
 
     Returns:
-      Four pure functions, for use under `jit` (with the stacks donated), `lax.scan`, and with the
+      Five pure functions, for use under `jit` (with the stacks donated), `lax.scan`, and with the
       stacks sharded over units:
       init(params, inner, *, num_units) -> stacks of zeros, (rows, *leaf.shape) each, with a row for
         each unit and a few more to fill up the last block.
@@ -100,6 +111,7 @@ def state_tangents(
       add(params, inner, tangents, slots, amounts) -> (params, inner) + sum_j amounts[j] tangent of
         slots[j]; slots out of range add nothing.
       take(params, inner) -> the leaves that have tangents: of params, and of inner.
+      read(tangents, slot) -> one tangent, as leaves in the same order.
 
     Cost: step: one Hessian product (at most two gradients' flops) and one update a unit, written in
       place; one gradient and one product for each tracked row. Memory: the stacks, and one gradient
@@ -118,7 +130,7 @@ def state_tangents(
     >>> stack[0]
     Array([-0.25, -0.75], dtype=float32)
     """
-    _check_options(recursion, normalizer, units_at_once, microbatch_size)
+    _check_options(recursion, normalizer, offload, units_at_once, microbatch_size)
     losses_of = row_losses(loss_fn)
 
     def init(params: Params, inner: PyTree, *, num_units: int) -> Tangents:
@@ -128,7 +140,8 @@ def state_tangents(
             jax.ShapeDtypeStruct((1, *leaf.shape), dtype) for leaf, dtype in zip(leaves, dtypes)
         )
         rows = padded_units(num_units, block_size(one, units_at_once))
-        return tuple(jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype) for leaf in one)
+        stacks = tuple(jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype) for leaf in one)
+        return jax.device_put(stacks, HOST) if offload else stacks
 
     def step(
         tangents,
@@ -167,7 +180,9 @@ def state_tangents(
     def add(params, inner, tangents, slots, amounts) -> tuple[Params, PyTree]:
         tracked = Tracked.of(params, inner, track_leaves)
         leaves = tracked.take(params, inner)
-        moved = [_moved(leaf, stack, slots, amounts) for leaf, stack in zip(leaves, tangents)]
+        moved = [
+            moved_by_rows(leaf, stack, slots, amounts) for leaf, stack in zip(leaves, tangents)
+        ]
         in_params, in_inner = tracked.split(moved)
         return tracked.put_params(params, in_params), tracked.put_inner(inner, in_inner)
 
@@ -175,15 +190,20 @@ def state_tangents(
         tracked = Tracked.of(params, inner, track_leaves)
         return widened(tracked.take_params(params)), widened(tracked.take_inner(inner))
 
-    return StateTangents(init, step, add, take)
+    def read(tangents, slot):
+        return tuple(read_row(leaf, slot) for leaf in tangents)
+
+    return StateTangents(init, step, add, take, read)
 
 
-def _check_options(recursion, normalizer, units_at_once, microbatch_size) -> None:
+def _check_options(recursion, normalizer, offload, units_at_once, microbatch_size) -> None:
     """Refuse a bad configuration at the factory."""
     if recursion not in RECURSIONS:
         raise ValueError(f"Expected recursion to be one of {RECURSIONS}, got {recursion!r}.")
     if normalizer not in NORMALIZERS:
         raise ValueError(f'Expected normalizer "batch" or "kept", got {normalizer!r}.')
+    if offload not in (None, "host"):
+        raise ValueError(f'Expected offload None or "host", got {offload!r}.')
     for name, size in (("units_at_once", units_at_once), ("microbatch_size", microbatch_size)):
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"Expected an integer {name}={size} >= 1.")
@@ -295,10 +315,10 @@ def _few(point: _Update, rows: _Rows, tangents, live, is_loo: bool, is_kept: boo
         ]
         return point.of_state(tuple(dg), ds, dp)
 
-    alive = _alive(tangents, live)
+    alive = _alive(tuple(map(on_device, tangents)), live)
     new = [one([leaf[k] for leaf in alive], counted[k], divisors[k]) for k in range(num_units)]
     stacked = [jnp.stack(leaves) for leaves in zip(*new)]
-    return tuple(leaf.astype(old.dtype) for leaf, old in zip(stacked, tangents))
+    return tuple(placed_like(leaf.astype(x.dtype), x) for leaf, x in zip(stacked, tangents))
 
 
 def _alive(tangents, live):
@@ -316,9 +336,7 @@ def _many(
     num_units = tangents[0].shape[0]
     slots = jnp.where((rows.slots >= 0) & (rows.slots < num_units), rows.slots, num_units)
     slots = jnp.where(rows.weights != 0, slots, num_units)
-    old = tuple(
-        leaf.at[slots].get(mode="fill", fill_value=0) for leaf in point.tracked.split(tangents)[0]
-    )
+    old = tuple(read_rows(leaf, slots) for leaf in point.tracked.split(tangents)[0])
 
     def ahead(tangent):
         dp, ds = point.split(tangent)
@@ -331,17 +349,14 @@ def _many(
     tangents, old = in_blocks(block, tangents, live, old, total)
     sources = _sources(rows, slots, is_loo, is_kept)
 
-    def add_rows(tangents, part):
+    def add_part(tangents, part):
         slots, rest = part
         gradients = sources(*rest)
         more = jax.vmap(point.of_gradient)(gradients)
-        return tuple(
-            leaf.at[slots].add(extra.astype(leaf.dtype), mode="drop")
-            for leaf, extra in zip(tangents, more)
-        )
+        return tuple(add_rows(leaf, slots, extra) for leaf, extra in zip(tangents, more))
 
     parts = slots, (rows.batch, rows.keys, old, rows.counted, rows.weights, _shares(rows, slots))
-    return over_rows(add_rows, tangents, parts, own, num_units)
+    return over_rows(add_part, tangents, parts, own, num_units)
 
 
 def _shares(rows: _Rows, slots: Array) -> Array:
@@ -378,21 +393,3 @@ def _sources(rows: _Rows, slots: Array, is_loo: bool, is_kept: bool):
 
     axes = (0, None if rows.keys is None else 0, 0, 0, 0, 0)
     return _cpu.in_loops(jax.vmap(one, in_axes=axes))
-
-
-def _moved(leaf: Array, stack: Array, slots: Array, amounts: Array) -> Array:
-    """leaf + sum_j amounts[j] stack[slots[j]], added one after the other in float32 or wider."""
-    wide = jnp.promote_types(jnp.promote_types(leaf.dtype, stack.dtype), jnp.float32)
-    num_units = stack.shape[0]
-    is_real = (slots >= 0) & (slots < num_units)
-    amounts = jnp.where(is_real, amounts, 0).astype(wide)
-    safe = jnp.where(is_real, slots, 0)
-
-    def one(j, total):
-        tangent = lax.dynamic_index_in_dim(stack, safe[j], keepdims=False).astype(wide)
-        return total + jnp.where(amounts[j] != 0, amounts[j] * tangent, 0)
-
-    start = leaf.astype(wide)
-    count: Sequence[int] = slots.shape
-    total = one(0, start) if count[0] == 1 else lax.fori_loop(0, count[0], one, start)
-    return total.astype(leaf.dtype)

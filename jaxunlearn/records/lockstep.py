@@ -253,7 +253,8 @@ class Lockstep:
             pairs = zip(kernel.take(*state), kernel.take(*after))
             actual = [[a - b for a, b in zip(*pair)] for pair in pairs]
             changes = [*actual[0], *actual[1]]
-            predicted = [leaf[slot].astype(a.dtype) for leaf, a in zip(tangents, changes)]
+            tangent = kernel.read(tangents, slot)
+            predicted = [leaf.astype(a.dtype) for leaf, a in zip(tangent, changes)]
             count = len(actual[0])
             errors = jnp.stack(
                 [

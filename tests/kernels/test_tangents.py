@@ -308,6 +308,26 @@ def test_stored_in_bfloat16_it_is_the_same_to_three_digits():
     assert gap < 0.01 * np.linalg.norm(rows_of(exact))
 
 
+def test_in_the_hosts_memory_it_is_the_same():
+    tx = OPTIMIZERS["adam"]
+    params, batches, owners = series()
+    for at_once in (5, None):
+        near, far = (
+            kernels.state_tangents(
+                loss_fn, update_of(tx), units_at_once=at_once, microbatch_size=4, offload=offload
+            )
+            for offload in (None, "host")
+        )
+        want = jax.jit(functools.partial(train, near, tx))(params, batches, owners)[2]
+        got = jax.jit(functools.partial(train, far, tx))(params, batches, owners)[2]
+        assert {leaf.sharding.memory_kind for leaf in got} == {"pinned_host"}
+        np.testing.assert_allclose(rows_of(got), rows_of(want), rtol=1e-10, atol=1e-15)
+        slots, amounts = jnp.asarray([3]), jnp.ones(1)
+        moved = jax.jit(far.add)(params, tx.init(params), got, slots, amounts)
+        other = near.add(params, tx.init(params), want, slots, amounts)
+        np.testing.assert_allclose(flat(moved), flat(other), rtol=1e-10)
+
+
 def test_add_is_a_sum_over_slots_and_leaves_integers_alone():
     tx = OPTIMIZERS["adam"]
     params, inner, _ = problem(tx)
@@ -342,6 +362,7 @@ def test_a_donated_stack_is_written_in_place():
     [
         ({"recursion": "forwards"}, "recursion"),
         ({"normalizer": "mean"}, "normalizer"),
+        ({"offload": "disk"}, "offload"),
         ({"units_at_once": 0}, "units_at_once"),
         ({"microbatch_size": 2.0}, "microbatch_size"),
     ],

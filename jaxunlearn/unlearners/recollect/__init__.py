@@ -91,6 +91,7 @@ def recollect(
     l2: float | None = None,
     l2_mask: PyTree | None = None,
     storage_dtype: Any = None,
+    offload: str | None = None,
     units_at_once: int | None = None,
     microbatch_size: int | None = None,
     num_probes: int = 2,
@@ -125,6 +126,7 @@ def recollect(
         others, and what belongs to them in the state, stay as they are.
       l2: adds `l2 * params` to the gradient where `l2_mask` is true; None adds nothing.
       storage_dtype: of the tangents; None keeps float32 or what is wider. bfloat16 halves them.
+      offload: "host" keeps the tangents in the host's memory: slower, for more units than fit.
       units_at_once, microbatch_size: see `kernels.state_tangents`.
       num_probes: shadow runs, each with one tracked unit of the first batch left out, trained
         beside the run to compare the change that its tangent predicts with the actual one. 0
@@ -169,7 +171,7 @@ def recollect(
     lockstep = functools.partial(
         records.Lockstep, tx, loss_fn, normalizer=normalizer, penalty=penalty,
         recursion=recursion, track_leaves=track_leaves, storage_dtype=storage_dtype,
-        units_at_once=units_at_once, microbatch_size=microbatch_size,
+        offload=offload, units_at_once=units_at_once, microbatch_size=microbatch_size,
     )  # fmt: skip
     setting = Setting(
         tx=tx, loss_fn=loss_fn, table=table, penalty=penalty,
