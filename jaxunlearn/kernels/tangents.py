@@ -309,8 +309,9 @@ def _few(point: _Update, rows: _Rows, tangents, live, is_loo: bool, is_kept: boo
         else:
             gradient, product = without(rows.params), rows.hessian(dp)
         none_left = (divisor == 0) | ~jnp.any(counted != 0)
+        no_product = (divisor == 0) | (none_left & is_loo)
         dg = [
-            jnp.where(none_left & is_loo, 0, h) + jnp.where(none_left, 0, g) - mean
+            jnp.where(no_product, 0, h) + jnp.where(none_left, 0, g) - mean
             for g, h, mean in zip(gradient, product, rows.mean)
         ]
         return point.of_state(tuple(dg), ds, dp)

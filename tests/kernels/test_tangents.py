@@ -168,17 +168,22 @@ def test_a_step_is_its_definition_by_dense_matrices(
 
 
 @pytest.mark.parametrize("num_units", [2, 6], ids=["few", "many"])
-def test_a_batch_of_one_unit_alone_has_no_gradient_without_it_when_the_divisor_is_kept(num_units):
+@pytest.mark.parametrize("recursion", ["leave_one_out", "paper"])
+def test_a_batch_of_one_unit_alone_has_no_gradient_without_it_when_the_divisor_is_kept(
+    num_units, recursion
+):
     tx = OPTIMIZERS["momentum"]
     params, inner, batch = problem(tx)
     owners, weights = np.full(ROWS, 1), np.ones(ROWS)
-    kernel = kernels.state_tangents(loss_fn, update_of(tx), normalizer="kept")
+    kernel = kernels.state_tangents(loss_fn, update_of(tx), normalizer="kept", recursion=recursion)
     tangents = stacked_tangents(kernel, params, inner, num_units)
     grads = jax.grad(loss_fn)(params, batch)
     step = jax.jit(kernel.step)
     new = step(tangents, params, inner, grads, batch, jnp.ones(ROWS), jnp.asarray(owners))
     old = rows_of(tangents)
-    want = dense_step(tx, params, inner, batch, weights, owners, old, normalizer="kept")
+    want = dense_step(
+        tx, params, inner, batch, weights, owners, old, recursion=recursion, normalizer="kept"
+    )
     np.testing.assert_allclose(rows_of(new), want, rtol=1e-9, atol=1e-12)
 
 
