@@ -37,9 +37,9 @@ def worst_case_noise(
 ) -> float:
     """Noise for one release of `max_forget` ids at twice the bound, to leave room for residuals.
 
-    >>> flat = WorstCase(lipschitz=1.0, hessian_lipschitz=0.0)
+    >>> model = WorstCase(lipschitz=1.0, hessian_lipschitz=1.0)
     >>> budget = Budget(epsilon=1.0, delta=1e-5, max_forget=1)
-    >>> worst_case_noise(flat, l2=1.0, budget=budget, num_examples=10, dimension=1) >= 0
+    >>> worst_case_noise(model, l2=1.0, budget=budget, num_examples=10, dimension=1) >= 0
     True
     """
     check_capacity(budget, num_examples)

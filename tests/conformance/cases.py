@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jaxunlearn import Budget, Unlearner, kernels, records, transforms, unlearners
 
@@ -273,8 +274,18 @@ INSIDE = [
 ]
 PLAIN = INSIDE[0]
 PAIRS = [(case, inside) for case in CASES for inside in INSIDE if case.crossed or inside is PLAIN]
-CROSSED = [(case.name, inside.name) for case, inside in PAIRS]
-CROSSED_EXACT = [(case.name, inside.name) for case, inside in PAIRS if case.exact]
+FIRST = {"adamw", "momentum", "chain", "inject_hyperparams"}
+"""What every method is crossed with in each run; the rest of INSIDE is slow but for two methods."""
+
+
+def _pair(case: Case, inside: Inside):
+    """A parameter of the tests that are crossed."""
+    is_fast = case.name in ("replay", "newton") or inside.name in FIRST
+    return pytest.param((case.name, inside.name), marks=[] if is_fast else [pytest.mark.slow])
+
+
+CROSSED = [_pair(case, inside) for case, inside in PAIRS]
+CROSSED_EXACT = [_pair(case, inside) for case, inside in PAIRS if case.exact]
 
 
 @dataclasses.dataclass
