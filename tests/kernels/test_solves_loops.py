@@ -132,8 +132,8 @@ def test_the_preconditioner_is_called_as_often_as_stated(maker, x64):
     solution = maker(preconditioner=scaled, tol=1e-6, loop="device")(matvec, jnp.asarray(RHS))
     jax.block_until_ready(solution)
     assert int(solution.num_iterations) >= 2
-    assert scaled.rows == solution.num_iterations + 1
     assert matvec.rows == solution.num_iterations + 1
+    assert scaled.rows == matvec.rows + (maker is minres)  # which starts afresh when it measures
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def minres(
       number or M is not positive definite, and this does stop it.
 
     Cost: one product an iteration, one more for every 16 iterations begun, and one for `x0` if
-    given; one call of the preconditioner with each product but the last, and one more. Memory:
+    given; one call of the preconditioner with each product, and one more. Memory:
     nine copies of the right-hand side.
 
     Raises:
