@@ -36,3 +36,10 @@ def data_root() -> pathlib.Path:
     if not pathlib.Path(root).is_dir():
         pytest.skip(f"JAXUNLEARN_DATA={root} is not a folder")
     return pathlib.Path(root)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go():
+    """Thousands of compiled programs in one process exhaust its memory maps, and it crashes."""
+    yield
+    jax.clear_caches()
