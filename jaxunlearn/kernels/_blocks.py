@@ -26,6 +26,9 @@ CACHE_BYTES = 1 << 20
 ACCELERATOR_BYTES = 1 << 28
 """Elsewhere."""
 
+LEAST_AT_ONCE = 2
+"""An MLP of 270 thousand parameters takes 1.7 ms a tangent two at a time, 3.0 one at a time."""
+
 
 def block_size(tangents: Sequence[Any], units_at_once: int | None) -> int:
     """Rows of a stack that go side by side: what was asked for, or as many as stay in cache."""
@@ -33,7 +36,7 @@ def block_size(tangents: Sequence[Any], units_at_once: int | None) -> int:
         return units_at_once
     size = sum(leaf.size // leaf.shape[0] * max(4, leaf.dtype.itemsize) for leaf in tangents)
     room = CACHE_BYTES if _cpu.on_cpu() else ACCELERATOR_BYTES
-    return max(1, room // max(1, size))
+    return max(LEAST_AT_ONCE, room // max(1, size))
 
 
 def padded_units(num_units: int, at_once: int) -> int:
