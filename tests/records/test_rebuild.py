@@ -362,7 +362,7 @@ def test_a_part_that_no_rule_knows_is_refused_by_name_before_any_row_is_read(kin
 
 
 def test_a_rebuild_keeps_the_rules_that_it_was_made_with_and_names_them(monkeypatch):
-    monkeypatch.setattr(records.rules, "_RULES", dict(records.rules._RULES))
+    monkeypatch.setattr(records.rules, "_RULES", dict(records.rules._LIBRARY))
     given = {}
     before = records.Rebuild(key=KEY, batch_size=4, num_batches=3, rules=given)
     records.register_state(SlowState, records.as_driven)
@@ -384,7 +384,7 @@ def test_a_rebuild_keeps_the_rules_that_it_was_made_with_and_names_them(monkeypa
 
 @pytest.mark.slow
 def test_a_rule_may_be_given_or_registered(monkeypatch):
-    monkeypatch.setattr(records.rules, "_RULES", dict(records.rules._RULES))
+    monkeypatch.setattr(records.rules, "_RULES", dict(records.rules._LIBRARY))
     tx = optax.chain(optax.trace(0.9), slow())
     kept = remade(tx, rules={SlowState: records.as_driven})[1].slow
     assert differing(kept, cases.make_params())
