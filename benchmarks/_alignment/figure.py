@@ -30,7 +30,7 @@ def draw(stem: pathlib.Path, cells: list[Cell]) -> list[pathlib.Path]:
     for key, make in (("weights", _weights), ("lag", _lag), ("price", _price)):
         figure = make(cells)
         paths.append(stem.with_name(f"{stem.name}_{key}.png"))
-        figure.savefig(paths[-1], dpi=110)
+        figure.savefig(paths[-1], dpi=110, bbox_inches="tight", pad_inches=0.12)
         pyplot.close(figure)
     return paths
 
