@@ -6,7 +6,7 @@ import hashlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Float64, PyTree
 
 
 def is_inexact(leaf: Array) -> bool:
@@ -36,6 +36,29 @@ def num_bytes(tree: PyTree) -> int:
 def num_parameters(tree: PyTree) -> int:
     """Total number of scalars in `tree`."""
     return sum(int(np.prod(jnp.shape(leaf), dtype=np.int64)) for leaf in jax.tree.leaves(tree))
+
+
+def flatten(tree: PyTree) -> Float64[np.ndarray, "p"]:
+    """All leaves of `tree` in one float64 vector, in tree order, on the host."""
+    leaves = [np.ravel(jax.device_get(leaf)) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([np.asarray(leaf, np.float64) for leaf in leaves])
+
+
+def split(flat: Float64[np.ndarray, "p"], like: PyTree) -> PyTree:
+    """A flat vector as float64 NumPy leaves shaped like `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
+    parts = np.split(np.asarray(flat), ends)
+    shaped = [part.reshape(np.shape(leaf)) for part, leaf in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(structure, shaped)
+
+
+def unflatten(flat: Float64[np.ndarray, "p"], like: PyTree) -> PyTree:
+    """A flat vector in the shapes, dtypes and weak types of `like`."""
+    cast = jax.tree.map(
+        lambda part, leaf: jnp.asarray(part, jnp.result_type(leaf)), split(flat, like), like
+    )
+    return match_weak_types(cast, like)
 
 
 def copy(tree: PyTree) -> PyTree:

@@ -5,6 +5,7 @@ formulas here are the project's own, since the paper's were not available when t
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -129,60 +130,66 @@ def make_state_alignment(
         raise ValueError(f"Expected weights={weights} >= 0.")
     update, next_update, gradient = _updates_of(tx, loss_fn, l2)
     act = jax.jit(operator) if operator else update
-
-    def probes_like(params, gradients):
-        leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(key, len(leaves))
-        squares = [[np.mean(np.square(leaf)) for leaf in jax.tree.leaves(g)] for g in gradients]
-        scales = np.sqrt(np.mean(squares, axis=0)) if squares else np.ones(len(leaves))
-        scales = np.where(scales > 0, scales, 1.0)
-        if probe_scale is not None:
-            scales = np.full(len(leaves), probe_scale)
-        draw = lambda k, leaf, scale: scale * jax.random.normal(k, (num_probes, *jnp.shape(leaf)))
-        stacks = [np.asarray(draw(*args)) for args in zip(keys, leaves, scales)]
-        row = lambda i: [s[i].astype(np.asarray(p).dtype) for s, p in zip(stacks, leaves)]
-        return [jax.tree.unflatten(structure, row(i)) for i in range(num_probes)]
+    flat, gap = tree.flatten, tree.relative_distance
+    mean = functools.partial(mean_interval, confidence=confidence)
 
     def measure(actual: TrainingState, counterfactual: TrainingState) -> StateAlignment:
         (params, state), (ideal, ideal_state) = map(_opened, (actual, counterfactual))
-        curves = [] if operator else [curvature_of(state), curvature_of(ideal_state)]
-        found = [
-            _rescaled(c, initial_scale)
-            for c in curves
-            if c and c.steps.shape[1] == tree.num_parameters(ideal)
-        ]
-        linear = len(found) == 2
-        if linear:
-            run = [lambda v, c=curve: c(_flat(v)[None])[0] for curve in found]
+        found = [] if operator else _curvatures(state, ideal_state, ideal, initial_scale)
+        if found:
+            run = [lambda v, c=curve: c(flat(v)[None])[0] for curve in found]
         else:
-            run = [lambda v, s=one: _flat(act(ideal, s, v)) for one in (state, ideal_state)]
-        probes = probes_like(ideal, [gradient(ideal, batch) for batch in batches])
+            run = [lambda v, s=one: flat(act(ideal, s, v)) for one in (state, ideal_state)]
+        probes = _probes(key, ideal, [gradient(ideal, b) for b in batches], num_probes, probe_scale)
         nothing = jax.tree.map(jnp.zeros_like, ideal)
-        carries = [_flat(update(ideal, one, nothing)) for one in (state, ideal_state)]
-        memory = [_gap(run[0](v), run[1](v)) for v in probes]
-        step = lambda at, one, batch: _flat(next_update(at, one, batch))
+        carries = [flat(update(ideal, one, nothing)) for one in (state, ideal_state)]
+        memory_error = mean([gap(run[0](v), run[1](v)) for v in probes])
+        step = lambda at, one, batch: flat(next_update(at, one, batch))
         moves = [(step(params, state, b), step(ideal, ideal_state, b)) for b in batches]
-        parameter_error = tree.relative_distance(params, ideal)
-        memory_error = mean_interval(memory, confidence=confidence)
-        summary = lambda of: mean_interval([of(*m) for m in moves], confidence=confidence)
+        parameter_error = gap(params, ideal)
         return StateAlignment(
             parameter_error=parameter_error,
             memory_error=memory_error,
-            memory_norm_error=norm_distance(*found) if linear else None,
-            carry_error=_gap(*carries),
+            memory_norm_error=norm_distance(*found) if found else None,
+            carry_error=gap(*carries),
             state_error=float(
                 np.sqrt(weights[0] * parameter_error**2 + weights[1] * memory_error.value**2)
             ),
             weights=weights,
-            update_error=summary(_gap) if moves else None,
-            update_cosine=summary(_cosine) if moves else None,
-            operator="given" if operator else "inverse Hessian" if linear else "update",
-            unread=unread_leaves(state, ideal_state) if linear else (),
+            update_error=mean([gap(*move) for move in moves]) if moves else None,
+            update_cosine=mean([_cosine(*move) for move in moves]) if moves else None,
+            operator="given" if operator else "inverse Hessian" if found else "update",
+            unread=unread_leaves(state, ideal_state) if found else (),
             num_probes=num_probes,
             num_batches=len(batches),
         )
 
     return measure
+
+
+def _probes(key, params: Params, gradients, num_probes: int, scale: float | None) -> list[Params]:
+    """Gaussian vectors like the parameters, leaf by leaf as large as the gradients or `scale`."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    squares = [[np.mean(np.square(leaf)) for leaf in jax.tree.leaves(g)] for g in gradients]
+    scales = np.sqrt(np.mean(squares, axis=0)) if squares else np.ones(len(leaves))
+    scales = np.where(scales > 0, scales, 1.0)
+    if scale is not None:
+        scales = np.full(len(leaves), scale)
+    draw = lambda k, leaf, size: size * jax.random.normal(k, (num_probes, *jnp.shape(leaf)))
+    stacks = [np.asarray(draw(*args)) for args in zip(keys, leaves, scales)]
+    row = lambda i: [s[i].astype(np.asarray(p).dtype) for s, p in zip(stacks, leaves)]
+    return [jax.tree.unflatten(structure, row(i)) for i in range(num_probes)]
+
+
+def _curvatures(state, ideal_state, params: Params, initial_scale) -> list[Curvature]:
+    """The inverse Hessians of both states, of all parameters; none unless both have one."""
+    found = [
+        curve if initial_scale is None else curve._replace(gamma=float(initial_scale(curve.gamma)))
+        for curve in map(curvature_of, (state, ideal_state))
+        if curve and curve.steps.shape[1] == tree.num_parameters(params)
+    ]
+    return found if len(found) == 2 else []
 
 
 def _opened(pair: TrainingState) -> tuple[Params, PyTree]:
@@ -215,22 +222,6 @@ def _updates_of(tx, loss_fn: LossFn | None, l2: float):
         return take(params, state, jax.grad(at)(params), at)
 
     return jax.jit(update), jax.jit(next_update), jax.jit(jax.grad(objective))
-
-
-def _rescaled(curvature: Curvature, initial_scale) -> Curvature:
-    if initial_scale is None:
-        return curvature
-    return curvature._replace(gamma=float(initial_scale(curvature.gamma)))
-
-
-def _flat(vector: PyTree) -> np.ndarray:
-    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(vector)]
-    return np.concatenate(leaves)
-
-
-def _gap(found: np.ndarray, ideal: np.ndarray) -> float:
-    """||found - ideal|| / ||ideal||; 0 for two vectors of zeros, inf where only `ideal` is one."""
-    return tree.relative_distance(found, ideal)
 
 
 def _cosine(found: np.ndarray, ideal: np.ndarray) -> float:
