@@ -133,6 +133,19 @@ class Quote:
     delta: float | None = None
 
 
+class Request(NamedTuple):
+    """What `forget` was asked, once it has been checked.
+
+    ids: sorted, each once.  num_duplicates: repeats in the request.
+    begun: `time.perf_counter()` when it came.  requester: whoever asked.
+    """
+
+    ids: np.ndarray
+    num_duplicates: int
+    begun: float
+    requester: str | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForgetInfo:
     """What a person wants to know about a deletion; strings live here, never in a state.
@@ -156,16 +169,14 @@ class ForgetInfo:
     measurements: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, method: str, ids, num_duplicates: int, begun: float, **rest: Any) -> "ForgetInfo":
-        """An info with status OK, timed since `begun` (`time.perf_counter()`)."""
-        ids = tuple(int(i) for i in ids)
-        seconds = time.perf_counter() - begun
+    def of(cls, method: str, request: "Request", **rest: Any) -> "ForgetInfo":
+        """An info with status OK, timed since the request."""
         return cls(
             method=method,
-            ids=ids,
-            num_duplicates=num_duplicates,
+            ids=tuple(int(i) for i in request.ids),
+            num_duplicates=request.num_duplicates,
             status=Status.OK,
-            seconds=seconds,
+            seconds=time.perf_counter() - request.begun,
             **rest,
         )
 
@@ -201,35 +212,35 @@ class Unlearner(optax.GradientTransformationExtraArgs):
     quote: Callable[..., Quote]
     forget_step: Callable[..., tuple[Params, UnlearnerState, dict[str, Array]]]
 
-    def __new__(cls, init, update, forget, quote, forget_step):
+    _names: tuple[str, ...] = ("init", "update", "forget", "quote", "forget_step")
+    """A subclass adds the names of what it has beside these."""
+
+    def __new__(cls, init, update, forget, quote, forget_step, **more):
+        if (*Unlearner._names, *more) != cls._names:
+            raise TypeError(f"Expected {cls._names}, got {(*Unlearner._names, *more)}.")
         self = super().__new__(cls, init, update)
         self.forget, self.quote, self.forget_step = forget, quote, forget_step
+        self.__dict__.update(more)
         return self
 
     @classmethod
     def _make(cls, fields):
         fields = tuple(fields)
-        if len(fields) != 5:
+        if len(fields) != len(cls._names):
             raise TypeError(
-                f"Expected 5 functions (init, update, forget, quote, forget_step), got "
+                f"Expected {len(cls._names)} functions ({', '.join(cls._names)}), got "
                 f"{len(fields)}. An Unlearner is not a pytree: keep it out of jax.tree functions."
             )
-        return cls(*fields)
+        return cls(**dict(zip(cls._names, fields)))
 
     def _replace(self, **changes):
         return type(self)(**(self._asdict() | changes))
 
     def _asdict(self):
-        return {
-            "init": self.init,
-            "update": self.update,
-            "forget": self.forget,
-            "quote": self.quote,
-            "forget_step": self.forget_step,
-        }
+        return {name: getattr(self, name) for name in self._names}
 
     def __reduce__(self):
-        return type(self), tuple(self._asdict().values())
+        return type(self)._make, (tuple(self._asdict().values()),)
 
     def __copy__(self):
         return self._replace()

@@ -127,7 +127,7 @@ class Laboratory:
             loss_fn, learning_rate=self.rate, l2=l2, owners_per_pair=self.size, **LBFGS_OPTIONS
         )
         step = records.make_online_step(tx, loss_fn, normalizer="batch")
-        return records.make_online_segment(step)
+        return records.loop_over_steps(step)
 
     def _make_step(self, route):
         """(params, state, rows, ids) -> (params, state): one step under an unlearner."""

@@ -11,12 +11,13 @@ from jaxunlearn.certificates.certificate import (
 )
 from jaxunlearn.certificates.commitment import commit_ids, seal
 from jaxunlearn.certificates.environment import environment
-from jaxunlearn.certificates.issue import issue
+from jaxunlearn.certificates.issue import concluded, issue
 from jaxunlearn.certificates.verify import Check, Verification, verify
-from jaxunlearn.certificates.wording import assumed, excluded, measured
+from jaxunlearn.certificates.wording import RECORDED, assumed, divided, excluded, measured
 
 __all__ = [
     "DISCRETE_GAUSSIAN",
+    "RECORDED",
     "RECORD_STATEMENT",
     "WHY_EXACT",
     "Assumption",
@@ -27,6 +28,8 @@ __all__ = [
     "Verification",
     "assumed",
     "commit_ids",
+    "concluded",
+    "divided",
     "environment",
     "excluded",
     "issue",

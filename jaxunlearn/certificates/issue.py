@@ -1,6 +1,6 @@
 """Issuing a certificate: what every method fills in alike."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import optax
@@ -9,7 +9,7 @@ from jaxunlearn import tree
 from jaxunlearn.certificates.certificate import Certificate
 from jaxunlearn.certificates.commitment import commit_ids, seal
 from jaxunlearn.certificates.environment import environment
-from jaxunlearn.types import Params
+from jaxunlearn.types import ForgetInfo, Forgotten, Params, Request, UnlearnerState
 
 
 def issue(
@@ -40,3 +40,29 @@ def issue(
         **promise,
     )
     return certificate, salt
+
+
+def concluded(
+    request: Request,
+    before: tuple[Params, UnlearnerState],
+    after: tuple[Params, UnlearnerState],
+    measurements: Mapping[str, Any],
+    **promise: Any,
+) -> Forgotten:
+    """What `forget` returns: `after`, with the certificate of the deletion and its figures.
+
+    promise: as in `issue`.
+    """
+    pair = lambda state: (state[0], state[1].inner)
+    certificate, salt = issue(
+        request.ids, request.num_duplicates, pair(before), pair(after), **promise
+    )
+    info = ForgetInfo.of(
+        promise["method"],
+        request,
+        requester=request.requester,
+        certificate=certificate,
+        commitment_salt=salt,
+        measurements=measurements,
+    )
+    return Forgotten(*after, info)

@@ -15,6 +15,15 @@ ASSUMPTIONS = {
     ),
     "secret record": "The deletion record, and the noise where there is any, are never revealed.",
 }
+RECORDED = (
+    *("rows unchanged", "ids complete", "mean loss", "oblivious requests"),
+    *("public settings", "secret record"),
+)
+"""What a deletion from a recorded run assumes."""
+DIVIDED = {
+    "batch": "Sums over rows stay divided by the scheduled number of rows.",
+    "kept": "Sums over rows are divided by the number of rows that are left.",
+}
 MEASURED = {
     "data-dependent bound": (
         "The bound is evaluated on the data at hand, and whether a release happens depends on it; "
@@ -52,6 +61,11 @@ def assumed(*names: str, **others: str) -> tuple[Assumption, ...]:
     return tuple(
         Assumption(name.replace("_", " "), "assumed", text) for name, text in texts.items()
     )
+
+
+def divided(normalizer: str) -> Assumption:
+    """By what the sums over rows are divided, which holds by construction."""
+    return Assumption("normalizer", "proven", DIVIDED[normalizer])
 
 
 def measured(*names: str) -> tuple[Assumption, ...]:

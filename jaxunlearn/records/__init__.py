@@ -3,11 +3,8 @@
 from jaxunlearn.records.burials import deletion_status, each_once, erase
 from jaxunlearn.records.cached_runs import (
     CachedRun,
-    Retake,
     check_cached_run,
-    check_logged_step,
     make_cached_run,
-    plan_retake,
 )
 from jaxunlearn.records.checkpoints import (
     Checkpoints,
@@ -29,6 +26,7 @@ from jaxunlearn.records.corrected import (
     reads_loss,
     run_corrected,
 )
+from jaxunlearn.records.deletion import Plan, Rerun, after_deletion, as_given, plan_deletion
 from jaxunlearn.records.events import (
     Event,
     EventKind,
@@ -60,19 +58,23 @@ from jaxunlearn.records.lockstep import (
     init_along,
     without_states,
 )
-from jaxunlearn.records.log import StepLog, get_settings, init_log, set_settings, write_step
+from jaxunlearn.records.log import (
+    StepLog,
+    check_logged_step,
+    get_settings,
+    init_log,
+    set_settings,
+    write_step,
+)
 from jaxunlearn.records.online import (
-    DeletionPlan,
     Twins,
-    make_online_segment,
     make_online_step,
     make_twin_segment,
     make_twin_step,
-    plan_deletion,
     relative_gap,
     twins_of,
-    window_of,
 )
+from jaxunlearn.records.options import check_choices, check_integers, check_storage
 from jaxunlearn.records.participation import (
     Participation,
     bury,
@@ -85,6 +87,7 @@ from jaxunlearn.records.participation import (
     seen_ids,
 )
 from jaxunlearn.records.rebuild import Rebuild, make_rebuild, rebuild
+from jaxunlearn.records.recorder import Recorder, refusals_as_quotes
 from jaxunlearn.records.replay import (
     Penalty,
     Segment,
@@ -120,6 +123,7 @@ from jaxunlearn.records.trajectory import (
     write_trajectory,
 )
 from jaxunlearn.records.units import Units
+from jaxunlearn.records.window import Window, finished, passed, run_window, window_of
 
 __all__ = [
     "ENDED",
@@ -129,7 +133,6 @@ __all__ = [
     "CachedRun",
     "Checkpoints",
     "CorrectedSteps",
-    "DeletionPlan",
     "Event",
     "EventKind",
     "GoneRows",
@@ -138,8 +141,10 @@ __all__ = [
     "Outcome",
     "Participation",
     "Penalty",
+    "Plan",
     "Rebuild",
-    "Retake",
+    "Recorder",
+    "Rerun",
     "RowReader",
     "Segment",
     "Shadows",
@@ -155,12 +160,17 @@ __all__ = [
     "Trajectory",
     "Twins",
     "Units",
+    "Window",
+    "after_deletion",
     "all_rows",
     "as_driven",
     "as_fresh",
+    "as_given",
     "bucket",
     "bury",
     "check_cached_run",
+    "check_choices",
+    "check_integers",
     "check_logged_step",
     "check_num_examples",
     "check_params",
@@ -168,6 +178,7 @@ __all__ = [
     "check_solution",
     "check_state",
     "check_status",
+    "check_storage",
     "check_trajectory_bytes",
     "check_update",
     "compare_replay",
@@ -177,6 +188,7 @@ __all__ = [
     "each_once",
     "end_shadows",
     "erase",
+    "finished",
     "flatten",
     "forgotten_ids",
     "get_settings",
@@ -194,7 +206,6 @@ __all__ = [
     "make_cached_run",
     "make_corrected",
     "make_corrected_segment",
-    "make_online_segment",
     "make_online_step",
     "make_rebuild",
     "make_segment",
@@ -206,17 +217,19 @@ __all__ = [
     "observe",
     "oracle",
     "pack_float64",
+    "passed",
     "plan_deletion",
-    "plan_retake",
     "read_slot",
     "read_trajectory",
     "reads_loss",
     "rebuild",
+    "refusals_as_quotes",
     "register_state",
     "relative_gap",
     "rewrite_slot",
     "run_corrected",
     "run_log",
+    "run_window",
     "seen_ids",
     "set_settings",
     "show_ids",

@@ -9,54 +9,37 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxunlearn import errors, kernels, tree
-from jaxunlearn.records.checkpoints import Checkpoints, last_slot_before, read_slot
+from jaxunlearn.records.checkpoints import Checkpoints, read_slot
 from jaxunlearn.records.corrected import CorrectedSteps
-from jaxunlearn.records.log import StepLog, get_settings, set_settings
+from jaxunlearn.records.deletion import Plan, as_given
+from jaxunlearn.records.log import StepLog
 from jaxunlearn.records.rows import RowReader
 from jaxunlearn.records.trajectory import Trajectory, read_trajectory
 from jaxunlearn.types import LossFn, Params
 
 
 class CachedRun(NamedTuple):
-    """The parts of a record that hold a run: the host's log, checkpoints and trajectory.
+    """A run with its trajectory, and the deletion that takes up its steps again at `plan.first`.
 
     foretold_steps: whether the cached gradient of a step was foretold by an earlier deletion.
+    needs_loss: whether the optimizer reads the loss, so that nothing goes without rows; the steps
+      are then taken up at the checkpoint.
     """
 
-    log: StepLog
+    plan: Plan
     checkpoints: Checkpoints
     trajectory: Trajectory
     foretold_steps: np.ndarray
-
-
-class Retake(NamedTuple):
-    """Which steps a deletion takes again.
-
-    slot, start: the checkpoint to start from.  first: the first step taken again.  stop: the end.
-    needs_loss: whether the optimizer reads the loss, so that nothing goes without rows.
-    """
-
-    slot: int
-    start: int
-    first: int
-    stop: int
     needs_loss: bool
-
-
-def plan_retake(run: CachedRun, ids: np.ndarray, stop: int, *, needs_loss: bool) -> Retake:
-    """From the first step that used one of `ids`, or from the checkpoint before it."""
-    first = int(np.argmax(np.isin(run.log.step_ids, ids).any(axis=1)))
-    slot, start = last_slot_before(run.checkpoints, first)
-    return Retake(slot, start, start if needs_loss else first, stop, needs_loss)
 
 
 class CachedRunTools(NamedTuple):
     """What `make_cached_run` compiles.
 
-    start_of: (run, retake) -> (params, inner) before its first step, from cached gradients alone.
-    check: (run, retake, start, given, reader, avoid) -> the largest relative distance of the
-      state that the cached gradients lead to from the `given` one, and of two cached gradients
-      from those of loss and data. Rows of `avoid` are not read.
+    start_of: (run) -> (params, inner) before its first step, from cached gradients alone.
+    check: (run, start, given, reader, avoid) -> the largest relative distance of the state that the
+      cached gradients lead to from the `given` one, and of two cached gradients from those of loss
+      and data. Rows of `avoid` are not read.
     """
 
     start_of: Callable[..., tuple[Params, PyTree]]
@@ -82,13 +65,14 @@ def make_cached_run(steps: CorrectedSteps, loss_fn: LossFn, *, normalizer: str) 
 
         return jax.lax.fori_loop(first, stop, body, start)
 
-    def start_of(run: CachedRun, retake: Retake):
-        params, inner = tree.copy(read_slot(run.checkpoints, retake.slot))
-        for t in range(retake.start, retake.first):
+    def start_of(run: CachedRun):
+        plan = run.plan
+        params, inner = tree.copy(read_slot(run.checkpoints, plan.slot))
+        for t in range(plan.start, plan.first):
             params, grads = read(run.trajectory, t)
-            params, inner = unchanged(params, inner, grads, setting_at(run.log.step_settings, t))
-        if retake.first > retake.start:
-            params, _ = read(run.trajectory, retake.first)
+            params, inner = unchanged(params, inner, grads, setting_at(plan.log.step_settings, t))
+        if plan.first > plan.start:
+            params, _ = read(run.trajectory, plan.first)
         return params, inner
 
     def whole_step(log: StepLog, t: int, reader: RowReader):
@@ -99,18 +83,15 @@ def make_cached_run(steps: CorrectedSteps, loss_fn: LossFn, *, normalizer: str) 
             keys = kernels.example_keys(key, jnp.asarray(ids))
         return reader(ids), (ids >= 0).astype(np.float32), num_rows, keys
 
-    def check(run: CachedRun, retake: Retake, start, given, reader: RowReader, avoid) -> float:
-        distance = 0.0
-        if not retake.needs_loss:
-            settings = run.log.step_settings
-            params, inner = run_unchanged(
-                start, run.trajectory, settings, retake.first, retake.stop
-            )
-            inner = set_settings(inner, get_settings(given[1]))
-            distance = max(map(tree.relative_distance, (params, inner), given))
-        for t in _sampled_steps(run, retake, avoid):
+    def check(run: CachedRun, start, given, reader: RowReader, avoid) -> float:
+        distance, plan = 0.0, run.plan
+        if not run.needs_loss:
+            settings = plan.log.step_settings
+            reached = run_unchanged(start, run.trajectory, settings, plan.first, plan.stop)
+            distance = max(map(tree.relative_distance, as_given(reached, given), given))
+        for t in _sampled_steps(run, avoid):
             params, cached = read(run.trajectory, t)
-            found = gradient_at(params, *whole_step(run.log, t, reader))
+            found = gradient_at(params, *whole_step(plan.log, t, reader))
             distance = max(distance, tree.relative_distance(found, cached))
         return distance
 
@@ -141,27 +122,11 @@ def check_cached_run(
         )
 
 
-def _sampled_steps(run: CachedRun, retake: Retake, avoid) -> list[int]:
+def _sampled_steps(run: CachedRun, avoid) -> list[int]:
     """The first and the last step whose cached gradient was handed in or evaluated."""
-    at = np.arange(retake.first, retake.stop)
-    step_ids = run.log.step_ids[at]
+    at, log = np.arange(run.plan.first, run.plan.stop), run.plan.log
+    step_ids = log.step_ids[at]
     usable = ~run.foretold_steps[at] & (step_ids >= 0).any(axis=1)
-    usable &= ~run.log.step_non_finite[at] & ~np.isin(step_ids, avoid).any(axis=1)
+    usable &= ~log.step_non_finite[at] & ~np.isin(step_ids, avoid).any(axis=1)
     steps = at[usable]
     return sorted({int(steps[0]), int(steps[-1])}) if steps.size else []
-
-
-def check_logged_step(ids, key, batch_size: int, keyed: bool) -> None:
-    """Refuse a step that the log could not hold or a replay could not repeat."""
-    if ids is None:
-        return
-    if jnp.shape(ids)[0] > batch_size:
-        raise ValueError(f"Expected at most batch_size={batch_size} ids, got {jnp.shape(ids)[0]}.")
-    if keyed and key is None:
-        raise ValueError("Expected key=step_key in update: the loss takes one, and so does replay.")
-    default = jax.random.key_impl(jax.random.key(0))
-    if keyed and jax.random.key_impl(key) != default:
-        raise ValueError(
-            f"Expected a key of the default implementation {default}, got "
-            f"{jax.random.key_impl(key)}: the log keeps its words only."
-        )

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxunlearn import kernels, tree
 from jaxunlearn.progress import progress
 from jaxunlearn.records.checkpoints import Checkpoints, rewrite_slot
+from jaxunlearn.records.deletion import Plan
 from jaxunlearn.records.ids import bucket
-from jaxunlearn.records.log import AnyArray, StepLog, set_settings
+from jaxunlearn.records.log import AnyArray, set_settings
 from jaxunlearn.records.replay import Penalty, wrapped_update
 from jaxunlearn.records.rows import RowReader
 from jaxunlearn.records.trajectory import Trajectory, read_trajectory, write_trajectory
@@ -231,15 +232,14 @@ class GoneRows:
     """The rows of a request, read once, and handed out step by step at one shape.
 
     Args:
-      log: the host log with the rows still in it; `start`, `stop` the range of steps.
       wanted: False reads nothing, and hands out zeros.
     """
 
-    def __init__(self, ids, log: StepLog, reader: RowReader, start, stop, *, wanted: bool = True):
-        self._ids, self._log = ids, log
-        most = int(np.isin(log.step_ids[start:stop], ids).sum(axis=1).max())
-        places = len(bucket(np.zeros(max(most, _FEWEST_ROWS), np.int32)))
-        self._width = min(log.step_ids.shape[1], places)
+    def __init__(self, ids, plan: Plan, reader: RowReader, *, wanted: bool = True):
+        self._ids, self._log = ids, plan.log
+        used = np.isin(plan.log.step_ids[plan.first : plan.stop], ids)
+        most = max(int(used.sum(axis=1).max()), _FEWEST_ROWS)
+        self._width = min(used.shape[1], len(bucket(np.zeros(most, np.int32))))
         self._rows = reader(ids if wanted else np.full(len(ids), -1, np.int32))
 
     def step_rows(self, t: int, reader: RowReader | None) -> StepRows:
@@ -273,33 +273,31 @@ def run_corrected(
     gone: GoneRows,
     reader: RowReader,
     due: np.ndarray,
-    *,
-    start: int,
+    plan: Plan,
     checkpoints: Checkpoints,
+    *,
     label: str = "forgetting",
     show: bool | None = None,
 ):
-    """Steps start .. start + len(due) - 1 again, on the host, a foretold one where it is trusted.
+    """Steps plan.first .. plan.stop - 1 again, on the host, a foretold one where it is trusted.
 
     Args:
       steps: compiled.  write: `write_trajectory`, compiled, and donating: the trajectory of `carry`
         is overwritten with the parameters and gradients of the corrected run.
       carry: (params, inner, pairs, trajectory) before the first step.
       due: whether each step is exact by schedule.
-      checkpoints: those taken after `start` are replaced by the corrected run's, in a copy.
+      checkpoints: those taken after the first step become the corrected run's, in a copy.
 
     Returns:
       (carry, checkpoints, StepsMet). A foretold step reads no row but those that go.
     """
     params, inner, pairs, trajectory = carry
     told, met = np.zeros(len(due), bool), []
-    taken_at = np.asarray(jax.device_get(checkpoints.checkpoint_steps))
-    later = {int(step): i for i, step in enumerate(taken_at) if step > start}
     checkpoints = tree.copy(checkpoints)
     with progress(label, len(due), show=show) as advance:
-        for i, t in enumerate(range(start, start + len(due))):
-            if t in later:
-                checkpoints = _rewrite(checkpoints, later[t], params, inner)
+        for i, t in enumerate(range(plan.first, plan.stop)):
+            if t in plan.later:
+                checkpoints = _rewrite(checkpoints, plan.later[t], params, inner)
             operands = (params, inner, pairs, trajectory, t)
             if not due[i]:
                 moved = steps.foretold(*operands, gone.step_rows(t, None))

@@ -92,22 +92,5 @@ class Stream(NamedTuple):
 class StreamUnlearner(Unlearner):
     """An `Unlearner` that also takes a stream of events, through its attribute `stream`."""
 
+    _names = (*Unlearner._names, "stream")
     stream: Stream
-
-    def __new__(cls, init, update, forget, quote, forget_step, stream):
-        self = super().__new__(cls, init, update, forget, quote, forget_step)
-        self.stream = stream
-        return self
-
-    @classmethod
-    def _make(cls, fields):
-        fields = tuple(fields)
-        if len(fields) != 6:
-            raise TypeError(
-                "Expected 6 fields (init, update, forget, quote, forget_step, stream), got "
-                f"{len(fields)}. An Unlearner is not a pytree: keep it out of jax.tree functions."
-            )
-        return cls(*fields)
-
-    def _asdict(self):
-        return super()._asdict() | {"stream": self.stream}

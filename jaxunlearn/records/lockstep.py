@@ -129,7 +129,6 @@ class Lockstep:
     ):
         self.inner_update = wrapped_update(tx, penalty)
         self._init = optax.with_extra_args_support(tx).init
-        self.keyed = kernels.takes_key(loss_fn)
         self._gradient = kernels.weighted_grad(loss_fn, has_info=True)
         self._value = kernels.weighted_loss(loss_fn)
         self._is_kept = normalizer == "kept"

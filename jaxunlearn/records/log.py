@@ -60,6 +60,24 @@ def write_step(log: StepLog, step, *, ids, key, settings, non_finite) -> StepLog
     )
 
 
+def check_logged_step(ids: Any, key: Any, batch_size: int, keyed: bool) -> None:
+    """Refuse, at trace time, a step that the log could not hold or a replay could not repeat."""
+    if ids is None:
+        return
+    if jnp.shape(ids)[0] > batch_size:
+        raise ValueError(f"Expected at most batch_size={batch_size} ids, got {jnp.shape(ids)[0]}.")
+    if not keyed:
+        return
+    if key is None:
+        raise ValueError("Expected key=step_key in update: the loss takes one, and so does replay.")
+    own, default = (jax.random.key_impl(one) for one in (key, jax.random.key(0)))
+    if own != default:
+        raise ValueError(
+            f"Expected a key of the default implementation {default}, got {own}: the log keeps its "
+            "words only."
+        )
+
+
 def get_settings(inner: optax.OptState) -> dict[str, Any]:
     """The `hyperparams` of every `inject_hyperparams` state inside `inner`, by path."""
     found = {}

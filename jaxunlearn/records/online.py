@@ -4,15 +4,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from jaxunlearn import kernels, tree
-from jaxunlearn.records.checkpoints import last_slot_before
-from jaxunlearn.records.log import StepLog
-from jaxunlearn.records.replay import Penalty, Segment, StepFlags, without, wrapped_update
-from jaxunlearn.types import Batch, LossFn, Params
+from jaxunlearn.records.replay import (
+    Penalty,
+    Segment,
+    StepFlags,
+    loop_over_steps,
+    wrapped_update,
+)
+from jaxunlearn.types import LossFn, Params
 
 
 class Twins(NamedTuple):
@@ -128,29 +131,6 @@ def make_twin_step(
     return twin_step
 
 
-def make_online_segment(step):
-    """`step` for `run_log`: (params, inner, segment, num_active) -> (params, inner, flags).
-
-    One step is straight-line code, more are one loop.
-    """
-
-    def run(params, inner, segment: Segment, num_active):
-        length = segment.ids.shape[0]
-        if length == 1:
-            params, inner, flags = step(params, inner, jax.tree.map(lambda x: x[0], segment))
-            return params, inner, jax.tree.map(lambda x: x[None], flags)
-
-        def body(i, carry):
-            params, inner, flags = carry
-            params, inner, met = step(params, inner, jax.tree.map(lambda x: x[i], segment))
-            return params, inner, jax.tree.map(lambda all, one: all.at[i].set(one), flags, met)
-
-        flags = StepFlags(jnp.zeros((length,), bool), jnp.zeros((length,), jnp.int32))
-        return jax.lax.fori_loop(0, num_active, body, (params, inner, flags))
-
-    return run
-
-
 def make_twin_segment(twin_step):
     """`twin_step` for `run_log`: `params` are `Twins`, `inner` the ids to leave, -1 for nobody."""
 
@@ -159,47 +139,7 @@ def make_twin_segment(twin_step):
         twins = twin_step(twins, row, jnp.where(leaves, 0, row.weights))
         return twins, ids, StepFlags(jnp.zeros((), bool), jnp.zeros((), jnp.int32))
 
-    return make_online_segment(step)
-
-
-class DeletionPlan(NamedTuple):
-    """What a deletion has to run again.
-
-    ledger, kept: the step log on the host, and the same without the ids.
-    slot, start: the checkpoint before their first use, and its step.  stop: the steps taken so far.
-    later: slot of each checkpoint taken after `start`, by its step.
-    """
-
-    ledger: StepLog
-    kept: StepLog
-    slot: int
-    start: int
-    stop: int
-    later: dict[int, int]
-
-
-def plan_deletion(record: Any, ids: np.ndarray) -> DeletionPlan:
-    """The plan for ids that the log of `record` holds; host work."""
-    ledger = jax.device_get(record.log)
-    first = int(np.argmax(np.isin(ledger.step_ids, ids).any(axis=1)))
-    slot, start = last_slot_before(record.checkpoints, first)
-    taken = np.asarray(jax.device_get(record.checkpoints.checkpoint_steps))
-    later = {int(step): i for i, step in enumerate(taken) if step > start}
-    stop = int(record.participation.num_steps)
-    return DeletionPlan(ledger, without(ledger, ids), slot, start, stop, later)
-
-
-def window_of(record: Any, rows: Batch, ids, weights) -> tuple[Segment, Array, Array]:
-    """The steps at which a record stands, as a segment: (segment, their indices, how many).
-
-    The arguments are those of `forget_step`: rows (S, B, ...), ids and weights (S, B).
-    """
-    cursor = record.participation.num_steps + jnp.arange(ids.shape[0])
-    window = lambda leaf, fill=0: leaf.at[cursor].get(mode="fill", fill_value=fill)
-    num_rows = window(record.log.step_num_rows, -1)
-    keys = window(record.log.step_keys)
-    segment = Segment(rows, jnp.asarray(ids), jnp.asarray(weights), num_rows, keys, settings={})
-    return segment, cursor, jnp.sum(num_rows >= 0, dtype=jnp.int32)
+    return loop_over_steps(step)
 
 
 def relative_gap(a: Params, b: Params) -> Array:

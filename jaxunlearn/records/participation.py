@@ -1,5 +1,6 @@
 """Who took part: a seen and a forgotten bit for each example, step counters, a sticky status."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from jaxtyping import Array, Int, UInt32
 
 from jaxunlearn import errors
 from jaxunlearn.records.ids import show_ids
+from jaxunlearn.records.options import check_integers
 from jaxunlearn.types import Status
 
 
@@ -30,8 +32,7 @@ class Participation(NamedTuple):
 
 def check_num_examples(num_examples: int) -> None:
     """Refuse a count that int32 ids cannot index."""
-    if isinstance(num_examples, bool) or num_examples != int(num_examples) or num_examples < 1:
-        raise ValueError(f"Expected an integer num_examples={num_examples} >= 1.")
+    check_integers(num_examples=num_examples)
     if num_examples > np.iinfo(np.int32).max:
         raise ValueError(f"Expected num_examples={num_examples} < 2**31: ids are int32.")
 
@@ -109,8 +110,15 @@ def bury(participation: Participation, ids: np.ndarray) -> Participation:
     return participation._replace(forgotten_bits=jnp.asarray(bits))
 
 
-def check_participation(participation: Participation, ids: np.ndarray) -> None:
+def check_participation(
+    participation: Participation,
+    ids: np.ndarray,
+    examples_of: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> None:
     """Refuse a record that training spoilt, ids never seen, and ids already forgotten.
+
+    examples_of: where ids are of units of several examples, (1,) unit ids -> its examples. Such an
+      id is seen if one of them was, and forgotten if one of them is.
 
     Raises:
       TrainingRecordError: the sticky status is set; the message tells what happened.
@@ -120,13 +128,19 @@ def check_participation(participation: Participation, ids: np.ndarray) -> None:
     if ids.size == 0:
         return
     seen, forgotten = jax.device_get((participation.seen_bits, participation.forgotten_bits))
-    again = ids[_has(forgotten, ids)]
+
+    def have(bits):
+        if examples_of is None:
+            return _has(bits, ids)
+        return np.array([_has(bits, examples_of(one)).any() for one in ids[:, None]])
+
+    again = ids[have(forgotten)]
     if again.size:
         raise errors.AlreadyForgottenError(
             f"Expected ids that are still in the model, got {show_ids(again)}, already forgotten. "
             "An id is never used again; a new row needs a new id."
         )
-    strangers = ids[~_has(seen, ids)]
+    strangers = ids[~have(seen)]
     if strangers.size:
         never = int(participation.num_steps_with_ids) == 0
         hint = (

@@ -19,6 +19,7 @@ from jaxunlearn import errors, kernels, tree
 from jaxunlearn.records.curvature import Curvature
 from jaxunlearn.records.ids import validate_ids
 from jaxunlearn.records.log import AnyArray, set_settings
+from jaxunlearn.records.options import check_integers
 from jaxunlearn.records.replay import Penalty, wrapped_update
 from jaxunlearn.records.rows import RowReader
 from jaxunlearn.records.rules import Context, Rule, Rules, check_states, remake, take_rules
@@ -45,10 +46,7 @@ class Rebuild:
 
     def __post_init__(self):
         object.__setattr__(self, "taken", take_rules(self.rules))
-        for name in ("batch_size", "num_batches"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or int(value) != value or value < 1:
-                raise ValueError(f"Expected an integer {name}={value} >= 1.")
+        check_integers(batch_size=self.batch_size, num_batches=self.num_batches)
         if not jnp.issubdtype(jnp.result_type(self.key), jax.dtypes.prng_key):
             raise TypeError("Expected a typed key, jax.random.key(...).")
 
@@ -174,8 +172,7 @@ def make_rebuild(
 
     def again(params, reader: RowReader, retained_ids, *, num_steps: int, settings=None):
         check(params)
-        if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < 0:
-            raise ValueError(f"Expected an integer num_steps={num_steps} >= 0.")
+        check_integers(0, num_steps=num_steps)
         ids, _ = validate_ids(retained_ids, np.iinfo(np.int32).max)
         sample = _draw(reader, ids, words, options)
         settings = dict(settings or {})

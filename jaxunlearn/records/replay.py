@@ -1,5 +1,6 @@
 """Running a recorded training again, some example weights at zero: the oracle of all methods."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -41,11 +42,16 @@ class StepFlags(NamedTuple):
     non_finite_rows: Int[AnyArray, "steps"]
 
 
-class Penalty(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Penalty:
     """`l2 * params` added to the gradient, where `mask` (None: everywhere) is true."""
 
     l2: float | None
     mask: PyTree | Callable[[Params], PyTree] | None = None
+
+    def __post_init__(self):
+        if self.l2 is not None and not self.l2 >= 0:
+            raise ValueError(f"Expected l2={self.l2} >= 0, or None.")
 
     def gradient(self, updates: PyTree, params: Params) -> PyTree:
         """`updates + l2 * params`."""
@@ -102,12 +108,18 @@ def _penalise_extra(extra: dict[str, Any], penalty: Penalty, params: Params) -> 
 
 
 def make_segment(
-    tx: optax.GradientTransformation, loss_fn: LossFn, *, normalizer: str, penalty: Penalty
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    *,
+    normalizer: str,
+    penalty: Penalty,
+    along_path: bool = False,
 ):
     """A function (params, inner, segment, num_active) -> (params, inner, flags) that trains.
 
     Runs the first `num_active` steps of the segment. One step is straight-line code, more are one
-    loop; `flags` are `StepFlags`.
+    loop; `flags` are `StepFlags`. With `along_path`, `segment.settings` is (settings, path), and
+    gradients and updates are those at the path's parameters; the updates move `params`.
     """
     update = wrapped_update(tx, penalty)
     gradient = kernels.weighted_grad(loss_fn, has_info=True)
@@ -115,14 +127,15 @@ def make_segment(
     keyed = kernels.takes_key(loss_fn)
 
     def step(params, inner, row: Segment):
-        inner = set_settings(inner, row.settings)
+        settings, here = row.settings if along_path else (row.settings, params)
+        inner = set_settings(inner, settings)
         keys = kernels.example_keys(jax.random.wrap_key_data(row.keys), row.ids) if keyed else None
         options = {"num_rows": row.num_rows if normalizer == "batch" else None, "keys": keys}
-        grads, info = gradient(params, row.rows, row.weights, **options)
+        grads, info = gradient(here, row.rows, row.weights, **options)
         flags = StepFlags(~tree.all_finite(grads), info.num_non_finite)
         value_fn = lambda p: value(p, row.rows, row.weights, **options)
         extra = {"value": info.value, "grad": grads, "value_fn": value_fn}
-        updates, inner = update(grads, inner, params, **extra)
+        updates, inner = update(grads, inner, here, **extra)
         return optax.apply_updates(params, updates), inner, flags
 
     return loop_over_steps(step)

@@ -22,24 +22,28 @@ class Trajectory(NamedTuple):
     trajectory_gradients: PyTree
 
 
-def trajectory_bytes(params: Params, max_steps: int, *, storage: DTypeLike | None = None) -> int:
+def trajectory_bytes(
+    params: Params, max_steps: int, *, storage_dtype: DTypeLike | None = None
+) -> int:
     """Bytes of an `init_trajectory`, known before anything is allocated.
 
     >>> trajectory_bytes({"w": jnp.zeros((10, 3))}, 100), trajectory_bytes(jnp.zeros(4), 5)
     (24000, 160)
     """
     return tree.num_bytes(
-        jax.eval_shape(lambda p: init_trajectory(p, max_steps, storage=storage), params)
+        jax.eval_shape(lambda p: init_trajectory(p, max_steps, storage_dtype=storage_dtype), params)
     )
 
 
-def check_trajectory_bytes(params: Params, max_steps: int, storage, max_bytes: int | None) -> None:
+def check_trajectory_bytes(
+    params: Params, max_steps: int, storage_dtype, max_bytes: int | None
+) -> None:
     """Refuse a trajectory of more than `max_bytes`, before training.
 
     Raises:
       ValueError: with its size.
     """
-    size = trajectory_bytes(params, max_steps, storage=storage)
+    size = trajectory_bytes(params, max_steps, storage_dtype=storage_dtype)
     if max_bytes is not None and size > max_bytes:
         raise ValueError(
             f"Expected a trajectory of at most max_bytes={max_bytes}, got {size} bytes: parameters "
@@ -48,12 +52,12 @@ def check_trajectory_bytes(params: Params, max_steps: int, storage, max_bytes: i
 
 
 def init_trajectory(
-    params: Params, max_steps: int, *, storage: DTypeLike | None = None
+    params: Params, max_steps: int, *, storage_dtype: DTypeLike | None = None
 ) -> Trajectory:
     """Zeros for `max_steps` steps; a concrete leaf's `NamedSharding` is kept.
 
     Args:
-      storage: dtype of the cached gradients; None means that of each parameter. Parameters are
+      storage_dtype: of the cached gradients; None means that of each parameter. Parameters are
         always stored as they are: what is taken from them is their difference to other ones.
     """
 
@@ -68,7 +72,7 @@ def init_trajectory(
     return Trajectory(
         trajectory_params=jax.tree.map(lambda p: zeros(p, jnp.result_type(p)), params),
         trajectory_gradients=jax.tree.map(
-            lambda p: zeros(p, storage or jnp.result_type(p)), params
+            lambda p: zeros(p, storage_dtype or jnp.result_type(p)), params
         ),
     )
 

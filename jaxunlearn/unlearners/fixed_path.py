@@ -5,8 +5,6 @@ those that the run recorded, a row's part in such a fold can be taken out algebr
 what a run without the row would have reached, whose later gradients are taken elsewhere.
 """
 
-import functools
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -15,18 +13,16 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from jaxunlearn import certificates, errors, kernels, records, tree
+from jaxunlearn import certificates, errors, records, tree
 from jaxunlearn.types import (
     ForgetInfo,
     Forgotten,
     LossFn,
     Quote,
-    Status,
     Unlearner,
     UnlearnerState,
 )
 
-_RECOMPUTED = {"value", "grad", "value_fn"}
 _WHY = "heuristic: the recorded path was itself shaped by the forgotten rows, and stays"
 _PATH_STAYS = (
     "What the forgotten rows did to the path: every retained gradient is taken at parameters that "
@@ -112,203 +108,104 @@ def fixed_path(
     References: the project's own; for Adam's moments the closed form is that of fixed-path memory
       repair (2026), which lost to a reset of the moments in eight seeds of eight.
     """
-    _check_options(batch_size, max_steps, num_checkpoints, parameters, normalizer, verify)
+    records.check_choices(
+        parameters=(parameters, ("path", "keep")),
+        normalizer=(normalizer, ("batch", "kept")),
+        verify=(verify, tuple(_CONDITIONS)),
+    )
     penalty = records.Penalty(l2, l2_mask)
     inner_update = records.wrapped_update(tx, penalty)
-    segment = _make_segment(tx, loss_fn, normalizer=normalizer, penalty=penalty)
-    run = jax.jit(segment)
-    rewrite = jax.jit(records.rewrite_slot, donate_argnums=0)
-    every = max(1, max_steps // 256)
-    keyed = kernels.takes_key(loss_fn)
-    info_of = functools.partial(ForgetInfo.of, "fixed_path")
-    extras_seen: set[str] = set()
-    loss_checked: list[bool] = []
+    segment = records.make_segment(
+        tx, loss_fn, normalizer=normalizer, penalty=penalty, along_path=True
+    )
+    rerun = records.Rerun(segment, segment_length=segment_length, show=progress)
+    recorder = records.Recorder(
+        "fixed_path", FixedPathRecord, loss_fn,
+        num_examples=num_examples, batch_size=batch_size, max_steps=max_steps,
+        num_checkpoints=num_checkpoints, max_checkpoint_bytes=max_checkpoint_bytes,
+    )  # fmt: skip
     fresh_inner = optax.with_extra_args_support(tx).init
 
     def init(params):
         inner = tree.copy(fresh_inner(params))
-        slots = records.num_slots(
-            params, inner, num_checkpoints=num_checkpoints, max_bytes=max_checkpoint_bytes
-        )
-        path = lambda leaf: jnp.array(jnp.broadcast_to(leaf, (max_steps, *leaf.shape)), copy=True)
-        record = FixedPathRecord(
-            participation=records.init_participation(num_examples),
-            log=records.init_log(max_steps, batch_size, has_key=keyed, inner=inner),
-            checkpoints=records.init_checkpoints(params, inner, slots=slots, every=every),
-            path_params=jax.tree.map(path, params),
-        )
-        return UnlearnerState(inner=inner, record=record)
+        stack = lambda leaf: jnp.array(jnp.broadcast_to(leaf, (max_steps, *leaf.shape)), copy=True)
+        path = jax.tree.map(stack, params)
+        return UnlearnerState(inner, FixedPathRecord(*recorder.start(params, inner), path))
 
     def update(updates, opt_state, params=None, *, batch=None, ids=None, key=None, **extra):
         del batch
-        records.check_update(opt_state, params, ids, FixedPathRecord, "fixed_path")
-        records.check_logged_step(ids, key, batch_size, keyed)
-        ids = None if ids is None else jnp.asarray(ids)
-        extras_seen.update(name for name in extra if name not in _RECOMPUTED)
-        record, inner = opt_state.record, opt_state.inner
-        step = record.participation.num_steps
-        participation = records.observe(record.participation, ids, num_examples)
-        overrun = jnp.where(step >= max_steps, int(Status.TOO_MANY_STEPS), 0).astype(jnp.int32)
+        record = recorder.note(updates, opt_state, params, ids, key, extra)
+        step = opt_state.record.participation.num_steps
         put = lambda leaf, value: leaf.at[step].set(value, mode="drop")
-        new_record = FixedPathRecord(
-            participation=participation._replace(status=participation.status | overrun),
-            log=records.write_step(
-                record.log, step, ids=ids, key=key, settings=records.get_settings(inner),
-                non_finite=~tree.all_finite(updates),
-            ),
-            checkpoints=records.take_checkpoint(
-                record.checkpoints, step, params, inner, every=every
-            ),
-            path_params=jax.tree.map(put, record.path_params, params),
-        )  # fmt: skip
-        updates, inner = inner_update(updates, inner, params, **extra)
-        return updates, UnlearnerState(inner=inner, record=new_record)
+        record = record._replace(path_params=jax.tree.map(put, record.path_params, params))
+        updates, inner = inner_update(updates, opt_state.inner, params, **extra)
+        return updates, UnlearnerState(inner, record)
 
     def forget_step(params, state, rows, ids, weights):
-        record, length = state.record, ids.shape[0]
-        cursor = record.participation.num_steps + jnp.arange(length)
-        window = lambda leaf, fill=0: leaf.at[cursor].get(mode="fill", fill_value=fill)
-        num_rows = window(record.log.step_num_rows, -1)
-        active = jnp.sum(num_rows >= 0, dtype=jnp.int32)
-        steps = records.Segment(
-            rows=rows, ids=ids, weights=weights, num_rows=num_rows,
-            keys=window(record.log.step_keys),
-            settings=jax.tree.map(window, (record.log.step_settings, record.path_params)),
-        )  # fmt: skip
-        new_params, inner, bad = segment(params, state.inner, steps, active)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(active > 0, n, o), new, old)
-        new_params, inner = keep(new_params, params), keep(inner, state.inner)
-        failed = ~tree.all_finite(new_params)
-        status = jnp.where(failed, int(Status.NON_FINITE), 0).astype(jnp.int32)
-        participation = record.participation._replace(
-            num_steps=record.participation.num_steps + active,
-            status=record.participation.status | status,
-        )
-        log = record.log._replace(
-            step_ids=record.log.step_ids.at[cursor].set(ids, mode="drop"),
-            step_non_finite=record.log.step_non_finite.at[cursor].set(bad.non_finite, mode="drop"),
-        )
-        new_record = FixedPathRecord(
-            participation=participation,
-            log=log,
-            checkpoints=records.drop_after(record.checkpoints, cursor[0]),
-            path_params=record.path_params,
-        )
-        new_params = new_params if parameters == "path" else params
-        state = UnlearnerState(inner=tree.poison(inner, failed), record=new_record)
-        arrays = {"status": status, "num_steps": active, "non_finite": bad.non_finite}
-        return tree.poison(new_params, failed), state, arrays
+        window = records.window_of(state.record, rows, ids, weights)
+        settings = window.segment.settings, window.of(state.record.path_params)
+        window = window._replace(segment=window.segment._replace(settings=settings))
+        new_params, new_state, arrays = records.run_window(segment, params, state, window)
+        if parameters == "keep":
+            new_params = tree.poison(params, arrays["status"] != 0)
+        return new_params, new_state, arrays
 
-    def run_from(record, log, reader, *, slot, start, stop, label, on_cut=None, cuts=()):
-        # The path rides along with the settings: both are given to every step from the record.
+    def along_path(plan, record):
+        """The plan with the path beside the settings: both are given to every step."""
         path = jax.device_get(record.path_params)
-        log = log._replace(step_settings=(log.step_settings, path))
-        params, inner = tree.copy(records.read_slot(record.checkpoints, slot))
-        return records.run_log(
-            run, params, inner, log, reader, start=start, stop=stop, label=label, show=progress,
-            segment_length=segment_length or records.default_segment_length(),
-            cuts=cuts, on_cut=on_cut or (lambda *_: None),
-        )  # fmt: skip
-
-    def check_request(params, opt_state, ids):
-        records.check_state(opt_state, FixedPathRecord, "fixed_path")
-        ids, num_duplicates = records.validate_ids(ids, num_examples)
-        records.check_participation(opt_state.record.participation, ids)
-        path = opt_state.record.path_params
-        template = jax.eval_shape(lambda p: jax.tree.map(lambda leaf: leaf[0], p), path)
-        records.check_params(params, template, "fixed_path")
-        return ids, num_duplicates
-
-    def check_loss_once(params, reader, retained):
-        if not loss_checked and retained.size:
-            few = reader(np.unique(retained)[:8])
-            kernels.check_loss(loss_fn, params, few, key=jax.random.key(0) if keyed else None)
-            loss_checked.append(True)
+        ride = lambda log: log._replace(step_settings=(log.step_settings, path))
+        return plan._replace(log=ride(plan.log), kept=ride(plan.kept))
 
     def forget(params, opt_state, ids, *, data=None, requester=None):
-        begun = time.perf_counter()
-        ids, num_duplicates = check_request(params, opt_state, ids)
-        if not ids.size:
-            return Forgotten(params, opt_state, info_of(ids, num_duplicates, begun))
-        record, reader = opt_state.record, records.RowReader(data)
-        log = jax.device_get(record.log)
-        kept = records.without(log, ids)
-        slot, start, stop = _span(record, log, ids)
-        retained = np.asarray(kept.step_ids)[np.asarray(kept.step_ids) >= 0]
-        reader.prepare(retained, may_be_empty=True)
-        check_loss_once(params, reader, retained)
-        returned = lambda found: found if parameters == "path" else params
-
-        def unchanged():
-            found, inner, _ = run_from(
-                record, log, reader, slot=slot, start=start, stop=stop, label="verifying the path"
-            )
-            return returned(found), inner
-
+        request = recorder.request(params, opt_state, ids, requester)
+        if not request.ids.size:
+            return Forgotten(params, opt_state, ForgetInfo.of("fixed_path", request))
+        record, given = opt_state.record, (params, opt_state.inner)
+        plan = records.plan_deletion(record, request.ids)
+        reader = recorder.open(data, plan.retained, params)
+        returned = lambda pair: pair if parameters == "path" else (params, pair[1])
+        path = along_path(plan, record)
         verified = records.compare_replay(
-            verify, verify_tolerance, (params, opt_state.inner), extras_seen, unchanged
-        )
-        taken_at = np.asarray(jax.device_get(record.checkpoints.checkpoint_steps))
-        later = {int(step): i for i, step in enumerate(taken_at) if step > start}
-        fresh = [tree.copy(record.checkpoints)]
-
-        def save(step, params, inner):
-            fresh[0] = rewrite(fresh[0], later[step], params, inner)
-
-        new_params, inner, bad = run_from(
-            record, kept, reader, slot=slot, start=start, stop=stop,
-            label="forgetting", cuts=later, on_cut=save,
+            verify, verify_tolerance, given, recorder.extras_seen,
+            lambda: returned(rerun.unchanged(path, record.checkpoints, reader)),
         )  # fmt: skip
-        if not bool(tree.all_finite(new_params)):
+        reached, met, checkpoints = rerun.without(path, record.checkpoints, reader)
+        if not bool(tree.all_finite(reached[0])):
             raise errors.NonFiniteError(
                 "Taking the rows out along the path gave parameters that are not finite; nothing "
                 "was released."
             )
-        flags = np.array(log.step_non_finite)
-        flags[start:stop] = bad.non_finite
-        inner = records.set_settings(inner, records.get_settings(opt_state.inner))
-        inner = tree.match_weak_types(inner, opt_state.inner)
-        new_params = tree.match_weak_types(returned(new_params), params)
-        new_record = FixedPathRecord(
-            participation=records.bury(record.participation, ids),
-            log=jax.tree.map(jnp.asarray, kept._replace(step_non_finite=flags)),
-            checkpoints=fresh[0],
-            path_params=record.path_params,
+        new_params, inner = records.as_given(returned(reached), given)
+        new_record = records.after_deletion(
+            record, request.ids, plan, checkpoints, plan.start, met.non_finite
         )
         measured = {
-            "replayed_steps": stop - start,
-            "first_step": start,
-            "non_finite_rows": int(np.sum(bad.non_finite_rows)),
+            "replayed_steps": plan.stop - plan.start,
+            "first_step": plan.start,
+            "non_finite_rows": int(np.sum(met.non_finite_rows)),
             "change_of_state": tree.relative_distance(inner, opt_state.inner),
             "change_by_reset": tree.relative_distance(fresh_inner(new_params), opt_state.inner),
             **verified,
         }
-        certificate, salt = certificates.issue(
-            ids, num_duplicates, (params, opt_state.inner), (new_params, inner),
+        return certificates.concluded(
+            request, (params, opt_state), (new_params, UnlearnerState(inner, new_record)), measured,
             **_promise(measured, normalizer, parameters),
         )  # fmt: skip
-        info = info_of(
-            ids, num_duplicates, begun, requester=requester,
-            certificate=certificate, commitment_salt=salt, measurements=measured,
-        )  # fmt: skip
-        return Forgotten(new_params, UnlearnerState(inner, new_record), info)
 
+    @records.refusals_as_quotes(guarantee="heuristic")
     def quote(params, opt_state, ids):
-        try:
-            ids, _ = check_request(params, opt_state, ids)
-        except (errors.IdError, errors.TrainingRecordError) as error:
-            return Quote(feasible=False, reason=str(error), guarantee="heuristic")
-        record = opt_state.record
-        _, start, stop = _span(record, jax.device_get(record.log), ids) if ids.size else (0, 0, 0)
-        state_bytes = tree.num_bytes(params) + tree.num_bytes(opt_state.inner)
+        ids, record = recorder.request(params, opt_state, ids).ids, opt_state.record
+        plan = records.plan_deletion(record, ids)
+        steps = plan.stop - plan.start if ids.size else 0
+        state_bytes = tree.num_bytes((params, opt_state.inner))
         copied = tree.num_bytes((record.checkpoints, record.path_params))
         return Quote(
             num_forgotten=len(ids),
             feasible=True,
             reason=_CONDITIONS[verify] if ids.size else "",
             guarantee="heuristic",
-            num_steps=stop - start,
-            num_gradients=(1 if verify == "off" else 2) * (stop - start),
+            num_steps=steps,
+            num_gradients=(1 if verify == "off" else 2) * steps,
             retrain_gradients=int(record.participation.num_steps),
             memory_bytes=copied + 2 * state_bytes if ids.size else 0,
         )
@@ -316,59 +213,8 @@ def fixed_path(
     return Unlearner(init, update, forget, quote, forget_step)
 
 
-def _make_segment(tx, loss_fn: LossFn, *, normalizer: str, penalty: records.Penalty):
-    """(params, inner, segment, num_active) -> (params, inner, non-finite flags), along the path.
-
-    `segment.settings` is (settings, path): gradients and updates are those at the path's
-    parameters, and the updates move `params`.
-    """
-    update = records.wrapped_update(tx, penalty)
-    gradient = kernels.weighted_grad(loss_fn, has_info=True)
-    value = kernels.weighted_loss(loss_fn)
-    keyed = kernels.takes_key(loss_fn)
-
-    def step(params, inner, row: records.Segment):
-        settings, here = row.settings
-        inner = records.set_settings(inner, settings)
-        keys = kernels.example_keys(jax.random.wrap_key_data(row.keys), row.ids) if keyed else None
-        options = {"num_rows": row.num_rows if normalizer == "batch" else None, "keys": keys}
-        grads, info = gradient(here, row.rows, row.weights, **options)
-        flags = records.StepFlags(~tree.all_finite(grads), info.num_non_finite)
-        value_fn = lambda p: value(p, row.rows, row.weights, **options)
-        extra = {"value": info.value, "grad": grads, "value_fn": value_fn}
-        updates, inner = update(grads, inner, here, **extra)
-        return optax.apply_updates(params, updates), inner, flags
-
-    return records.loop_over_steps(step)
-
-
-def _check_options(batch_size, max_steps, num_checkpoints, parameters, normalizer, verify):
-    """Refuse a bad configuration at the factory."""
-    sizes = {"batch_size": batch_size, "max_steps": max_steps, "num_checkpoints": num_checkpoints}
-    for name, value in sizes.items():
-        if isinstance(value, bool) or int(value) != value or value < 1:
-            raise ValueError(f"Expected an integer {name}={value} >= 1.")
-    choices = {
-        "parameters": (parameters, ("path", "keep")),
-        "normalizer": (normalizer, ("batch", "kept")),
-        "verify": (verify, ("off", "report", "bitwise")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"Expected {name} to be one of {allowed}, got {value!r}.")
-
-
-def _span(record: FixedPathRecord, log: records.StepLog, ids: np.ndarray) -> tuple[int, int, int]:
-    """Slot and step to restart from, and the step to stop before."""
-    first = int(np.argmax(np.isin(log.step_ids, ids).any(axis=1)))
-    slot, start = records.last_slot_before(record.checkpoints, first)
-    return slot, start, int(record.participation.num_steps)
-
-
 def _promise(measured, normalizer: str, parameters: str) -> dict[str, Any]:
     """The fields of the certificate: what was computed, and that nothing is claimed of it."""
-    divided = {"batch": "scheduled number of rows", "kept": "number of rows that are left"}
-    text = f"Sums over rows are divided by the {divided[normalizer]}."
     left = (_PATH_STAYS, _PARAMS_STAY) if parameters == "keep" else (_PATH_STAYS,)
     return {
         "method": "fixed_path",
@@ -379,7 +225,7 @@ def _promise(measured, normalizer: str, parameters: str) -> dict[str, Any]:
         "why_no_epsilon": _WHY,
         "residuals": {name: measured[name] for name in ("replay_distance",) if measured.get(name)},
         "assumptions": (
-            certificates.Assumption("normalizer", "proven", text),
+            certificates.divided(normalizer),
             *certificates.assumed(
                 *("rows unchanged", "ids complete", "mean loss", "public settings"),
                 *("secret record",),

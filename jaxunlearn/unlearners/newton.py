@@ -29,6 +29,7 @@ from jaxunlearn.types import (
     LossFn,
     Params,
     Quote,
+    Request,
     Status,
     Unlearner,
     UnlearnerState,
@@ -134,7 +135,6 @@ def newton(
     penalty = records.Penalty(l2)
     inner_update = records.wrapped_update(tx, penalty)
     rebuilder = records.make_rebuild(tx, loss_fn, rebuild, penalty) if rebuild else None
-    info_of = functools.partial(ForgetInfo.of, "newton")
     loss_checked: list[bool] = []
     templates: list[Params] = []
     last: dict[str, float] = {}
@@ -183,23 +183,14 @@ def newton(
 
     def forget_step(params, state, rows, ids, weights):
         new_params, solution = step(params, rows, ids, weights)
-        failed = solution.negative_curvature | ~tree.all_finite(new_params)
-        flag = jnp.where(solution.negative_curvature, int(Status.SOLVER_FAILED), 0)
-        flag |= jnp.where(tree.all_finite(new_params), 0, int(Status.NON_FINITE))
-        participation = state.record.participation
-        participation = participation._replace(status=participation.status | flag.astype(jnp.int32))
-        state = UnlearnerState(
-            inner=tree.poison(state.inner, failed),
-            record=state.record._replace(participation=participation),
-        )
-        arrays = {
-            "status": flag.astype(jnp.int32),
-            "residual_norm": solution.residual_norm,
-            "num_iterations": solution.num_iterations,
-        }
-        return tree.poison(new_params, failed), state, arrays
+        failed = jnp.where(solution.negative_curvature, int(Status.SOLVER_FAILED), 0)
+        return records.finished(
+            new_params, state.inner, state.record, failed.astype(jnp.int32),
+            residual_norm=solution.residual_norm, num_iterations=solution.num_iterations,
+        )  # fmt: skip
 
-    def check_request(params, opt_state, ids):
+    def checked(params, opt_state, ids, requester=None):
+        begun = time.perf_counter()
         records.check_state(opt_state, NewtonRecord, "newton")
         ids, num_duplicates = records.validate_ids(ids, num_examples)
         record = opt_state.record
@@ -209,7 +200,7 @@ def newton(
         total = len(records.forgotten_ids(record.participation)) + len(ids)
         if ids.size:
             accounting.check_request(budget, total, int(record.spent_units))
-        return ids, num_duplicates
+        return Request(ids, num_duplicates, begun, requester)
 
     def check_once(params, batch):
         if loss_checked:
@@ -241,11 +232,10 @@ def newton(
         return accounting.spectral_norm_bound(gram, num_rows=num_examples)
 
     def forget(params, opt_state, ids, *, data=None, requester=None):
-        begun = time.perf_counter()
-        ids, num_duplicates = check_request(params, opt_state, ids)
+        request = checked(params, opt_state, ids, requester)
+        ids, record = request.ids, opt_state.record
         if not ids.size:
-            return Forgotten(params, opt_state, info_of(ids, num_duplicates, begun))
-        record = opt_state.record
+            return Forgotten(params, opt_state, ForgetInfo.of("newton", request))
         with show_progress("forgetting", 3, show=progress) as advance:
             reader = records.RowReader(data)
             batch = records.all_rows(reader, record.participation, ids, num_examples)
@@ -276,29 +266,26 @@ def newton(
             inner=tree.match_weak_types(inner, opt_state.inner),
             record=_next_record(record, ids, flat, new_params, charge),
         )
-        certificate, salt = certificates.issue(
-            ids, num_duplicates, (params, opt_state.inner), (new_params, inner),
+        return certificates.concluded(
+            request, (params, opt_state), (new_params, new_state),
+            _measurements(figures, bound, iterations, stddev, charge),
             epsilon=budget.epsilon, delta=budget.delta, prior_mu=charge.prior_mu,
             releases_covered=int(new_state.record.num_releases),
             **_promise(bound, release, rebuild),
         )  # fmt: skip
-        info = info_of(
-            ids, num_duplicates, begun, requester=requester,
-            certificate=certificate, commitment_salt=salt,
-            measurements=_measurements(figures, bound, iterations, stddev, charge),
-        )  # fmt: skip
-        return Forgotten(new_params, new_state, info)
 
+    terms: dict[str, Any] = {
+        "guarantee": "certified",
+        "epsilon": budget.epsilon,
+        "delta": budget.delta,
+    }
+
+    @records.refusals_as_quotes(**terms)
     def quote(params, opt_state, ids):
-        terms = functools.partial(
-            Quote, guarantee="certified", epsilon=budget.epsilon, delta=budget.delta
-        )
-        try:
-            ids, _ = check_request(params, opt_state, ids)
-        except (errors.IdError, errors.TrainingRecordError, errors.BudgetExhaustedError) as error:
-            return terms(feasible=False, reason=str(error))
+        ids = checked(params, opt_state, ids).ids
         stops = "unless the measured residual exceeds what is left of the budget"
-        return terms(
+        return Quote(
+            **terms,
             num_forgotten=len(ids),
             feasible=True,
             reason=stops if ids.size else "",
@@ -322,8 +309,9 @@ def _check_options(loss_fn, l2, noise_stddev, worst_case, linear_model, num_step
     if worst_case is not None and linear_model is not None:
         raise ValueError("Expected worst_case or linear_model, got both: choose one bound.")
     modelled = worst_case is not None or linear_model is not None
-    if int(num_steps) != num_steps or num_steps < 1 or (num_steps > 1 and modelled):
-        raise ValueError(f"Expected num_steps >= 1, and 1 with a model, got {num_steps}.")
+    records.check_integers(num_steps=num_steps)
+    if num_steps > 1 and modelled:
+        raise ValueError(f"Expected num_steps=1 with a model, got {num_steps}.")
     if kernels.takes_key(loss_fn):
         raise errors.LossSignatureError(
             "Expected loss_fn(params, batch): a minimiser has no key. Evaluate the model "

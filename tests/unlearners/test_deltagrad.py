@@ -379,7 +379,7 @@ def test_a_trajectory_beyond_max_bytes_is_refused_before_training():
     params = {"w": jnp.zeros((100, 10)), "b": jnp.zeros(24)}
     size = records.trajectory_bytes(params, STEPS + 1)
     assert size == 2 * 4 * 1024 * (STEPS + 1)
-    assert records.trajectory_bytes(params, 10, storage=jnp.bfloat16) == 6 * 1024 * 10
+    assert records.trajectory_bytes(params, 10, storage_dtype=jnp.bfloat16) == 6 * 1024 * 10
     make(optax.sgd(0.1), max_bytes=size).init(params)
     with pytest.raises(ValueError, match=f"max_bytes={size - 1}, got {size} bytes"):
         make(optax.sgd(0.1), max_bytes=size - 1).init(params)
@@ -415,7 +415,8 @@ def test_a_run_that_its_gradients_do_not_explain_is_refused(x64, what):
     "options",
     [
         {"period": 0}, {"burn_in": -1}, {"memory": 0}, {"normalizer": "mean"}, {"l2": -1.0},
-        {"if_nonconvex": "pray"}, {"verify": "bitwise"}, {"storage": jnp.int8}, {"period": True},
+        {"if_nonconvex": "pray"}, {"verify": "bitwise"}, {"storage_dtype": jnp.int8},
+        {"period": True},
     ],
     ids=str,
 )  # fmt: skip

@@ -6,8 +6,6 @@ and the curvature pairs; the published step leaves the pairs alone, and after so
 away from the model that never saw the row. Four ways to delete are here, and only one is exact.
 """
 
-import functools
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +20,6 @@ from jaxunlearn.types import (
     Forgotten,
     LossFn,
     Quote,
-    Status,
     UnlearnerState,
 )
 from jaxunlearn.unlearners.memory_pair._promises import promise, terms
@@ -31,7 +28,6 @@ from jaxunlearn.unlearners.memory_pair._steps import (
     correction,
     insert_of,
     other_of,
-    run_window,
 )
 
 MODES = ("replay", "tangent", "drop_pair", "paper")
@@ -131,8 +127,7 @@ def memory_pair(
     References: Stewart 2025, arXiv 2508.10193. Deviations: a ledger says who was inserted and who
       is gone; noise is calibrated by `accounting.DeletionOdometer`; see also `transforms`.
     """
-    _check_options(mode, normalizer, paper, odometer, batch_size, max_steps, verify)
-    records.check_num_examples(num_examples)
+    _check_options(mode, normalizer, paper, odometer, verify)
     options = {"learning_rate": learning_rate, "l2": l2} | dict(optimizer_options or {})
     tx = transforms.online_lbfgs(
         loss_fn, memory_size=memory_size, owners_per_pair=batch_size, admission=admission, **options
@@ -145,111 +140,69 @@ def memory_pair(
     )
     per_step = 2 if options.get("incoming") == "gradient" else 3
     back = correction(loss_fn, mode, paper, odometer, options)
-    every = checkpoint_every or max(1, max_steps // 256)
-    segment_of = records.make_online_segment(online_step)
+    segment_of = records.loop_over_steps(online_step)
     twin_segment = records.make_twin_segment(twin_step)
-    run, run_twins, correct = jax.jit(segment_of), jax.jit(twin_segment), jax.jit(back)
-    rewrite = jax.jit(records.rewrite_slot, donate_argnums=0)
-    drop_after = jax.jit(records.drop_after)
-    keyed = kernels.takes_key(loss_fn)
-    info_of = functools.partial(ForgetInfo.of, "memory_pair")
-    loss_checked: list[bool] = []
+    correct, drop_after = jax.jit(back), jax.jit(records.drop_after)
+    rerun, rerun_twins = (
+        records.Rerun(segment, segment_length=segment_length, show=progress)
+        for segment in (segment_of, twin_segment)
+    )
+    recorder = records.Recorder(
+        "memory_pair", MemoryPairRecord, loss_fn,
+        num_examples=num_examples, batch_size=batch_size, max_steps=max_steps,
+        num_checkpoints=num_checkpoints, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
 
     def init(params):
         inner = tree.copy(tx.init(params))
-        record = MemoryPairRecord(
-            participation=records.init_participation(num_examples),
-            log=records.init_log(max_steps, batch_size, has_key=keyed, inner=inner),
-            checkpoints=records.init_checkpoints(params, inner, slots=num_checkpoints, every=every),
-            num_deletions=jnp.zeros((), jnp.int32),
-        )
-        return UnlearnerState(inner=inner, record=record)
+        none = jnp.zeros((), jnp.int32)
+        return UnlearnerState(inner, MemoryPairRecord(*recorder.start(params, inner), none))
 
     def update(updates, opt_state, params=None, *, batch=None, ids=None, key=None, **extra):
         del extra
-        records.check_update(opt_state, params, ids, MemoryPairRecord, "memory_pair")
-        _check_step(ids, batch, key, batch_size, keyed)
-        record, inner = opt_state.record, opt_state.inner
-        ids = None if ids is None else jnp.asarray(ids)
-        step = record.participation.num_steps
-        participation = records.observe(record.participation, ids, num_examples)
-        overrun = jnp.where(step >= max_steps, int(Status.TOO_MANY_STEPS), 0).astype(jnp.int32)
-        record = record._replace(
-            participation=participation._replace(status=participation.status | overrun),
-            log=records.write_step(
-                record.log, step, ids=ids, key=key, settings={},
-                non_finite=~tree.all_finite(updates),
-            ),
-            checkpoints=records.take_checkpoint(
-                record.checkpoints, step, params, inner, every=every
-            ),
-        )  # fmt: skip
-        updates, inner = inner_update(updates, inner, params, **insert_of(batch, ids, key))
-        return updates, UnlearnerState(inner=inner, record=record)
+        record = recorder.note(updates, opt_state, params, ids, key, ())
+        if ids is not None and batch is None:
+            raise ValueError("Expected batch= with ids=: the pair of an insert is made of them.")
+        insert = insert_of(batch, None if ids is None else jnp.asarray(ids), key)
+        updates, inner = inner_update(updates, opt_state.inner, params, **insert)
+        return updates, UnlearnerState(inner, record)
 
     def forget_step(params, state, rows, ids, weights):
         if mode in ("replay", "tangent"):
             runner = segment_of if mode == "replay" else other_of(twin_segment)
-            return run_window(runner, params, state, rows, ids, weights)
+            window = records.window_of(state.record, rows, ids, weights)
+            return records.run_window(runner, params, state, window)
         return correct_now(back, num_examples, odometer, params, state, rows, ids, weights)
 
-    def check_request(params, opt_state, ids):
-        records.check_state(opt_state, MemoryPairRecord, "memory_pair")
-        ids, num_duplicates = records.validate_ids(ids, num_examples)
-        record = opt_state.record
-        records.check_participation(record.participation, ids)
-        template = jax.eval_shape(lambda c: records.read_slot(c, 0)[0], record.checkpoints)
-        records.check_params(params, template, "memory_pair")
+    def checked(params, opt_state, ids, requester=None):
+        request = recorder.request(params, opt_state, ids, requester)
         if odometer is not None:
-            odometer.spend(int(record.num_deletions), len(ids))
-        return ids, num_duplicates
+            odometer.spend(int(opt_state.record.num_deletions), len(request.ids))
+        return request
 
-    def check_loss_once(params, reader, retained):
-        if loss_checked or not retained.size:
-            return
-        few = reader(np.unique(retained)[:8])
-        kernels.check_loss(loss_fn, params, few, key=jax.random.key(0) if keyed else None)
-        loss_checked.append(True)
-
-    def run_from(runner, carry, log, reader, plan, *, on_cut=None, label="forgetting"):
-        return records.run_log(
-            runner, carry[0], carry[1], log, reader,
-            start=plan.start, stop=plan.stop,
-            segment_length=segment_length or records.default_segment_length(),
-            cuts=plan.later if on_cut else (), on_cut=on_cut or (lambda *_: None),
-            label=label, show=progress,
-        )  # fmt: skip
-
-    def by_replay(params, opt_state, reader, plan):
+    def by_replay(params, opt_state, ids, reader, plan):
         """The state without the rows, checkpoints rewritten on the way."""
-        start = lambda: tree.copy(records.read_slot(opt_state.record.checkpoints, plan.slot))
+        del ids
+        checkpoints = opt_state.record.checkpoints
         measured = records.compare_replay(
             verify, verify_tolerance, (params, opt_state.inner), set(),
-            lambda: run_from(run, start(), plan.ledger, reader, plan, label="verifying")[:2],
+            lambda: rerun.unchanged(plan, checkpoints, reader),
         )  # fmt: skip
-        fresh = [tree.copy(opt_state.record.checkpoints)]
-
-        def save(step, params, inner):
-            fresh[0] = rewrite(fresh[0], plan.later[step], params, inner)
-
-        new, inner, met = run_from(run, start(), plan.kept, reader, plan, on_cut=save)
+        (new, inner), met, fresh = rerun.without(plan, checkpoints, reader)
         measured["non_finite_rows"] = int(np.sum(met.non_finite_rows))
-        return _Deleted(new, inner, fresh[0], measured)
+        return _Deleted(new, inner, fresh, measured)
 
-    def follow(opt_state, ids, reader, plan, on_cut=None):
-        """Both runs at the present, to first order."""
+    def follow(opt_state, ids, reader, plan, rewrite=None):
+        """Both runs at the present, to first order; and checkpoints of the one without the rows."""
         start = records.twins_of(*records.read_slot(opt_state.record.checkpoints, plan.slot))
-        carry = (tree.copy(start), jnp.asarray(records.bucket(ids)))
-        return run_from(run_twins, carry, plan.ledger, reader, plan, on_cut=on_cut)[0]
+        carry = (start, jnp.asarray(records.bucket(ids)))
+        other = lambda twins, ids: (twins.other_params, twins.other_inner)
+        run = rerun_twins(plan.log, plan, carry, reader, rewrite=rewrite, reached=other)
+        return run[0][0], run[2]
 
     def by_tangent(params, opt_state, ids, reader, plan):
         """The given parameters moved as the linearised run is from the recorded one."""
-        fresh = [tree.copy(opt_state.record.checkpoints)]
-
-        def save(step, twins, _):
-            fresh[0] = rewrite(fresh[0], plan.later[step], twins.other_params, twins.other_inner)
-
-        twins = follow(opt_state, ids, reader, plan, save)
+        twins, fresh = follow(opt_state, ids, reader, plan, opt_state.record.checkpoints)
         how = "off" if int(opt_state.record.num_deletions) else verify
         given = (params, opt_state.inner)
         measured = records.compare_replay(
@@ -263,7 +216,7 @@ def memory_pair(
                 'mode="replay".'
             )
         new, inner = records.moved_by(params, opt_state.inner, twins)
-        return _Deleted(new, inner, fresh[0], measured | {"influence": influence})
+        return _Deleted(new, inner, fresh, measured | {"influence": influence})
 
     def by_correction(params, opt_state, ids, reader, plan):
         """The published step, or the rows' pairs dropped, unless nothing of them is left."""
@@ -271,7 +224,7 @@ def memory_pair(
         checkpoints = drop_after(opt_state.record.checkpoints, plan.start)
         ids = records.bucket(ids)
         if looks:
-            twins = follow(opt_state, ids, reader, plan)
+            twins, _ = follow(opt_state, ids, reader, plan)
             measured["influence"] = float(records.relative_gap(twins.other_params, twins.params))
             if bool(records.is_gone(opt_state.inner, twins, jnp.asarray(ids))):
                 measured["nothing_left"] = True
@@ -285,58 +238,38 @@ def memory_pair(
         return _Deleted(new, inner, checkpoints, measured)
 
     def forget(params, opt_state, ids, *, data=None, requester=None):
-        begun = time.perf_counter()
-        ids, num_duplicates = check_request(params, opt_state, ids)
+        request = checked(params, opt_state, ids, requester)
+        ids, record = request.ids, opt_state.record
         if not ids.size:
-            return Forgotten(params, opt_state, info_of(ids, num_duplicates, begun))
-        record, reader = opt_state.record, records.RowReader(data)
+            return Forgotten(params, opt_state, ForgetInfo.of("memory_pair", request))
         plan = records.plan_deletion(record, ids)
-        kept_ids = np.asarray(plan.kept.step_ids)
-        retained = kept_ids[kept_ids >= 0]
-        reader.prepare(retained, may_be_empty=True)
-        check_loss_once(params, reader, retained)
-        if mode == "replay":
-            done = by_replay(params, opt_state, reader, plan)
-        else:
-            by = by_tangent if mode == "tangent" else by_correction
-            done = by(params, opt_state, ids, reader, plan)
+        reader = recorder.open(data, plan.retained, params)
+        by = {"replay": by_replay, "tangent": by_tangent}.get(mode, by_correction)
+        done = by(params, opt_state, ids, reader, plan)
         if not bool(tree.all_finite(done.params)):
             raise errors.NonFiniteError(
                 "The deletion gave parameters that are not finite; nothing was released."
             )
         measured = done.measured | {"first_step": plan.start, "last_step": plan.stop}
-        new_params = tree.match_weak_types(done.params, params)
-        new_state = UnlearnerState(
-            inner=tree.match_weak_types(done.inner, opt_state.inner),
-            record=MemoryPairRecord(
-                participation=records.bury(record.participation, ids),
-                log=jax.tree.map(jnp.asarray, plan.kept),
-                checkpoints=done.checkpoints,
-                num_deletions=record.num_deletions + len(ids),
-            ),
-        )
-        certificate, salt = certificates.issue(
-            ids, num_duplicates, (params, opt_state.inner), (new_params, new_state.inner),
+        given = (params, opt_state.inner)
+        new_params, inner = tree.match_weak_types((done.params, done.inner), given)
+        new_record = records.after_deletion(record, ids, plan, done.checkpoints)
+        new_record = new_record._replace(num_deletions=record.num_deletions + len(ids))
+        return certificates.concluded(
+            request, (params, opt_state), (new_params, UnlearnerState(inner, new_record)), measured,
             **promise(mode, measured, normalizer, verify_tolerance),
         )  # fmt: skip
-        info = info_of(
-            ids, num_duplicates, begun, requester=requester,
-            certificate=certificate, commitment_salt=salt, measurements=measured,
-        )  # fmt: skip
-        return Forgotten(new_params, new_state, info)
 
+    guarantee = "exact" if mode == "replay" else "heuristic"
+
+    @records.refusals_as_quotes(guarantee=guarantee)
     def quote(params, opt_state, ids):
-        guarantee = "exact" if mode == "replay" else "heuristic"
-        try:
-            ids, _ = check_request(params, opt_state, ids)
-        except (errors.IdError, errors.TrainingRecordError, errors.BudgetExhaustedError) as error:
-            return Quote(feasible=False, reason=str(error), guarantee=guarantee)
-        record = opt_state.record
-        plan = records.plan_deletion(record, ids) if ids.size else None
-        steps = plan.stop - plan.start if plan and (mode == "replay" or looks) else 0
+        ids, record = checked(params, opt_state, ids).ids, opt_state.record
+        plan = records.plan_deletion(record, ids)
+        steps = plan.stop - plan.start if ids.size and (mode == "replay" or looks) else 0
         passes = 1 if verify == "off" else 2
         cost = per_step * passes if mode == "replay" else per_step + 6
-        state_bytes = tree.num_bytes(params) + tree.num_bytes(opt_state.inner)
+        state_bytes = tree.num_bytes((params, opt_state.inner))
         return Quote(
             num_forgotten=len(ids),
             feasible=True,
@@ -352,33 +285,22 @@ def memory_pair(
         online_step, kernels.weighted_loss(loss_fn), twin_step if looks else None, back
     )
     stream = records.make_stream(
-        init, learner, num_examples=num_examples, mode=mode, every=every,
-        max_deletions=None if odometer is None else odometer.max_deletions, keyed=keyed,
+        init, learner, num_examples=num_examples, mode=mode, every=recorder.every,
+        max_deletions=None if odometer is None else odometer.max_deletions, keyed=recorder.keyed,
     )  # fmt: skip
-    return records.StreamUnlearner(init, update, forget, quote, forget_step, stream)
+    return records.StreamUnlearner(init, update, forget, quote, forget_step, stream=stream)
 
 
-def _check_options(mode, normalizer, paper, odometer, batch_size, max_steps, verify):
+def _check_options(mode, normalizer, paper, odometer, verify):
     """Refuse a bad configuration at the factory."""
-    if mode not in MODES:
-        raise ValueError(f"Expected mode={mode!r} to be one of {', '.join(MODES)}.")
-    if normalizer not in ("batch", "kept"):
-        raise ValueError(f'Expected normalizer={normalizer!r} to be "batch" or "kept".')
-    if verify not in ("off", "report", "bitwise"):
-        raise ValueError(f'Expected verify={verify!r} to be "off", "report" or "bitwise".')
+    records.check_choices(
+        mode=(mode, MODES),
+        normalizer=(normalizer, ("batch", "kept")),
+        verify=(verify, ("report", "bitwise", "off")),
+    )
     if not isinstance(paper, transforms.PaperDeletion | None):
         raise TypeError(f"Expected paper to be a transforms.PaperDeletion, got {paper!r:.80}.")
     if odometer is not None and mode != "paper":
         raise ValueError(
             f'Expected mode="paper" with an odometer, got {mode!r}: no noise is added.'
         )
-    for name, value in {"batch_size": batch_size, "max_steps": max_steps}.items():
-        if isinstance(value, bool) or int(value) != value or value < 1:
-            raise ValueError(f"Expected an integer {name}={value} >= 1.")
-
-
-def _check_step(ids, batch, key, batch_size, keyed):
-    """Refuse, at trace time, a step that the ledger cannot hold."""
-    records.check_logged_step(ids, key, batch_size, keyed)
-    if ids is not None and batch is None:
-        raise ValueError("Expected batch= with ids=: the pair of an insert is made on its rows.")

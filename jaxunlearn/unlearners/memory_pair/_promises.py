@@ -36,7 +36,6 @@ def promise(mode, measured, normalizer, tolerance) -> dict[str, Any]:
         f"Before deletion the ledger replays to the given state: {measured.get('verified', 'no')}, "
         f"tolerance {tolerance:g}.",
     )
-    divided = "the rows that are left" if normalizer == "kept" else "the rows it had"
     nothing_left = bool(measured.get("nothing_left"))
     case = "nothing_left" if nothing_left else mode
     followed = certificates.Assumption(
@@ -54,8 +53,8 @@ def promise(mode, measured, normalizer, tolerance) -> dict[str, Any]:
         "assumptions": (
             *((fidelity,) if mode in ("replay", "tangent") else ()),
             *((followed,) if nothing_left else ()),
-            certificates.Assumption("normalizer", "proven", f"Steps are divided by {divided}."),
-            *certificates.assumed(*_ASSUMED),
+            certificates.divided(normalizer),
+            *certificates.assumed(*certificates.RECORDED),
         ),
         "not_covered": (
             *_LEFT.get(case, ()),
@@ -96,11 +95,3 @@ _LEFT = {
     ),
 }
 _WHY_ROUNDED = "exact up to the rounding listed as replay_distance, no noise added"
-_ASSUMED = (
-    "rows unchanged",
-    "ids complete",
-    "mean loss",
-    "oblivious requests",
-    "public settings",
-    "secret record",
-)

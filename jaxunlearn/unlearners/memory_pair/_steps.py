@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxunlearn import records, transforms, tree
+from jaxunlearn import records, transforms
 from jaxunlearn.kernels import lbfgs
-from jaxunlearn.types import Status, UnlearnerState
+from jaxunlearn.types import Status
 
 
 def correction(loss_fn, mode, paper, odometer, options):
@@ -49,7 +49,7 @@ def correct_now(back, num_examples, odometer, params, state, rows, ids, weights)
     status |= jnp.where(fits, 0, int(Status.BUDGET_EXHAUSTED)).astype(jnp.int32)
     erased = records.erase(record, going)
     record = jax.tree.map(lambda new, old: jnp.where(status == 0, new, old), erased, record)
-    return finished(new_params, inner, record, status)
+    return records.finished(new_params, inner, record, status)
 
 
 def other_of(twin_segment):
@@ -62,38 +62,6 @@ def other_of(twin_segment):
         return twins.other_params, twins.other_inner, flags
 
     return run
-
-
-def run_window(runner, params, state, rows, ids, weights):
-    """The steps at which the record stands, run by `runner`."""
-    record = state.record
-    segment, cursor, active = records.window_of(record, rows, ids, weights)
-    new_params, inner, met = runner(params, state.inner, segment, active)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(active > 0, n, o), new, old)
-    kept_ids = jnp.where(segment.weights != 0, segment.ids, -1)
-    record = record._replace(
-        participation=record.participation._replace(
-            num_steps=record.participation.num_steps + active
-        ),
-        log=record.log._replace(
-            step_ids=record.log.step_ids.at[cursor].set(kept_ids, mode="drop"),
-            step_non_finite=record.log.step_non_finite.at[cursor].set(met.non_finite, mode="drop"),
-        ),
-        checkpoints=records.drop_after(record.checkpoints, cursor[0]),
-    )
-    return finished(keep(new_params, params), keep(inner, state.inner), record, num_steps=active)
-
-
-def finished(params, inner, record, status=0, **arrays):
-    """What `forget_step` returns: poisoned where `status` is not OK or a value is not finite."""
-    broken = ~tree.all_finite(params)
-    status = status | jnp.where(broken, int(Status.NON_FINITE), 0).astype(jnp.int32)
-    failed = status != 0
-    participation = record.participation
-    participation = participation._replace(status=participation.status | status)
-    record = record._replace(participation=participation)
-    state = UnlearnerState(inner=tree.poison(inner, failed), record=record)
-    return tree.poison(params, failed), state, {"status": status} | arrays
 
 
 def insert_of(batch, ids, key) -> dict[str, Any]:

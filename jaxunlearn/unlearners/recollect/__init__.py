@@ -7,8 +7,8 @@ with the parameters. There is no certificate of distance: how linear the run was
 """
 
 import functools
-import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,8 +22,8 @@ from jaxunlearn.types import (
     ForgetInfo,
     Forgotten,
     LossFn,
+    Params,
     Quote,
-    Status,
     Unlearner,
     UnlearnerState,
 )
@@ -31,9 +31,6 @@ from jaxunlearn.unlearners.recollect._checks import (
     EPS_ROOT,
     check_gradients,
     check_options,
-    check_reached,
-    check_seen,
-    check_step,
     complain,
     judge,
 )
@@ -56,23 +53,9 @@ class Recollector(Unlearner):
     describe(params) -> bytes of the record by part, before training starts
     """
 
-    def __new__(cls, init, update, forget, quote, forget_step, refresh, describe):
-        self = super().__new__(cls, init, update, forget, quote, forget_step)
-        self.refresh, self.describe = refresh, describe
-        return self
-
-    @classmethod
-    def _make(cls, fields):
-        fields = tuple(fields)
-        if len(fields) != 7:
-            raise TypeError(
-                f"Expected 7 functions (init, update, forget, quote, forget_step, refresh, "
-                f"describe), got {len(fields)}. An Unlearner is not a pytree."
-            )
-        return cls(*fields)
-
-    def _asdict(self):
-        return super()._asdict() | {"refresh": self.refresh, "describe": self.describe}
+    _names = (*Unlearner._names, "refresh", "describe")
+    refresh: Callable[..., tuple[Params, UnlearnerState]]
+    describe: Callable[[Params], dict[str, int]]
 
 
 def recollect(
@@ -162,10 +145,7 @@ def recollect(
 
     References: Qiao et al. 2025, equation (6) is recursion="paper" with optax.sgd.
     """
-    check_options(
-        batch_size, max_steps, num_probes, if_rough, rough_above, l2, storage_dtype, verify,
-        verify_tolerance,
-    )  # fmt: skip
+    check_options(num_probes, if_rough, rough_above, storage_dtype, verify, verify_tolerance)
     penalty = records.Penalty(l2, l2_mask)
     table = records.Units(num_examples, units, track)
     lockstep = functools.partial(
@@ -173,17 +153,22 @@ def recollect(
         recursion=recursion, track_leaves=track_leaves, storage_dtype=storage_dtype,
         offload=offload, units_at_once=units_at_once, microbatch_size=microbatch_size,
     )  # fmt: skip
+    recorder = records.Recorder(
+        "recollect", RecollectRecord, loss_fn,
+        num_examples=num_examples, batch_size=batch_size, max_steps=max_steps,
+        num_checkpoints=1, checkpoint_every=max_steps,
+        num_units=table.num_units, examples_of=None if units is None else table.examples,
+    )  # fmt: skip
     setting = Setting(
-        tx=tx, loss_fn=loss_fn, table=table, penalty=penalty,
+        tx=tx, loss_fn=loss_fn, table=table, penalty=penalty, recorder=recorder,
         beside=lockstep(slots=table.slots), along_log=lockstep(own_slots=1),
-        normalizer=normalizer, batch_size=batch_size, max_steps=max_steps, num_probes=num_probes,
-        joint=joint, max_bytes=max_bytes, progress=progress,
+        normalizer=normalizer, num_probes=num_probes, joint=joint, max_bytes=max_bytes,
+        progress=progress,
     )  # fmt: skip
     beside, routes = setting.beside, Routes(setting)
     add_step, add_jitted = make_add_step(setting)
     goes_on = jax.jit(beside.goes_on)
-    info_of = functools.partial(ForgetInfo.of, "recollect")
-    checked: set[str] = set()
+    was_smoothness_told: list[bool] = []
 
     def init(params):
         setting.check_size(params)
@@ -192,9 +177,9 @@ def recollect(
         return UnlearnerState(inner=inner, record=setting.fresh_record(params, inner))
 
     def check_smooth_once(params):
-        if "smooth" in checked or if_rough == "replay" or beside.is_smooth_at_rest(params):
+        if was_smoothness_told or if_rough == "replay" or beside.is_smooth_at_rest(params):
             return
-        checked.add("smooth")
+        was_smoothness_told.append(True)
         text = (
             f"The optimizer has no finite derivative at zero gradient and fresh state. {EPS_ROOT}"
         )
@@ -203,23 +188,16 @@ def recollect(
         warnings.warn(text, stacklevel=3)
 
     def update(updates, opt_state, params=None, *, batch=None, ids=None, key=None, **extra):
-        records.check_update(opt_state, params, ids, RecollectRecord, "recollect")
-        check_step(ids, key, batch, batch_size, setting.keyed, joint)
-        ids = None if ids is None else jnp.asarray(ids)
-        record, inner = opt_state.record, opt_state.inner
-        step = record.participation.num_steps
-        participation = records.observe(record.participation, ids, num_examples)
-        overrun = jnp.where(step >= max_steps, int(Status.TOO_MANY_STEPS), 0).astype(jnp.int32)
-        log = records.write_step(
-            record.log, step, ids=ids, key=key, settings=records.get_settings(inner),
-            non_finite=~tree.all_finite(updates),
-        )  # fmt: skip
-        checkpoints = records.take_checkpoint(
-            record.checkpoints, step, params, inner, every=max_steps
-        )
+        record = recorder.note(updates, opt_state, params, ids, key, extra)
+        if batch is None and ids is not None and not joint:
+            raise ValueError(
+                "Expected batch= in update, beside ids=: tangents are taken from its rows."
+            )
+        inner = opt_state.inner
         grads, along = updates, record.along
         updates, new_inner = beside.inner_update(grads, inner, params, **extra)
         if ids is not None and not joint:
+            ids = jnp.asarray(ids)
             num_rows = jnp.sum(ids >= 0, dtype=jnp.int32)
             traced = setting.step_of_training(
                 batch, ids, num_rows, setting.keys_of(key, ids), along.slot_is_live
@@ -228,57 +206,34 @@ def recollect(
             if verify != "off":
                 along = beside.compared(along, params, grads, traced)
             along = beside.go_along(along, (params, inner), after, grads, traced, extra)
-        participation = participation._replace(status=participation.status | overrun)
-        new_record = RecollectRecord(participation, log, checkpoints, along)
-        return updates, UnlearnerState(inner=new_inner, record=new_record)
+        return updates, UnlearnerState(inner=new_inner, record=record._replace(along=along))
 
-    def check_request(params, opt_state, ids):
-        records.check_state(opt_state, RecollectRecord, "recollect")
-        ids, num_duplicates = records.validate_ids(ids, table.num_units)
-        check_seen(opt_state.record.participation, table, ids)
-        template = jax.eval_shape(
-            lambda c: records.read_slot(c, 0)[0], opt_state.record.checkpoints
-        )
-        records.check_params(params, template, "recollect")
+    def checked(params, opt_state, ids, requester=None):
+        request = recorder.request(params, opt_state, ids, requester)
         if not joint:
-            table.check_tracked(ids)
-        return ids, num_duplicates
-
-    def check_loss(params, reader, record, examples):
-        """A few retained rows are read wherever there is data, and judged once."""
-        few = np.setdiff1d(records.seen_ids(record.participation), examples)[:8]
-        if not few.size:
-            return
-        rows = reader(few)
-        if "loss" not in checked:
-            key = jax.random.key(0) if setting.keyed else None
-            kernels.check_loss(loss_fn, params, rows, key=key)
-            checked.add("loss")
+            table.check_tracked(request.ids)
+        return request
 
     def forget(params, opt_state, ids, *, data=None, requester=None):
-        begun = time.perf_counter()
-        ids, num_duplicates = check_request(params, opt_state, ids)
+        request = checked(params, opt_state, ids, requester)
+        ids, record = request.ids, opt_state.record
         if not ids.size:
-            return Forgotten(params, opt_state, info_of(ids, num_duplicates, begun))
-        examples, record = table.examples(ids), opt_state.record
+            return Forgotten(params, opt_state, ForgetInfo.of("recollect", request))
+        examples = table.examples(ids)
         if verify != "off":
             check_gradients(record.along.gradient_gap, verify_tolerance)
-        if data is not None or joint:
-            check_loss(params, records.RowReader(data), record, examples)
+        if data is not None or joint:  # a few retained rows are read wherever there is data
+            few = np.setdiff1d(records.seen_ids(record.participation), examples)[:8]
+            recorder.open(data, few, params)(few)
         new_params, new_state, measured = decide(params, opt_state, ids, examples, data)
         participation = records.bury(new_state.record.participation, examples)
         new_state = UnlearnerState(
             new_state.inner, new_state.record._replace(participation=participation)
         )
-        certificate, salt = certificates.issue(
-            ids, num_duplicates, (params, opt_state.inner), (new_params, new_state.inner),
+        return certificates.concluded(
+            request, (params, opt_state), (new_params, new_state), measured,
             **promise(measured, normalizer, joint, track_leaves is not None, len(ids)),
         )  # fmt: skip
-        info = info_of(
-            ids, num_duplicates, begun, requester=requester,
-            certificate=certificate, commitment_salt=salt, measurements=measured,
-        )  # fmt: skip
-        return Forgotten(new_params, new_state, info)
 
     def decide(params, opt_state, ids, examples, data):
         """First order where it can be trusted, else what `if_rough` says."""
@@ -314,9 +269,10 @@ def recollect(
         """The replayed run beside the given state, which is its end until a first deletion."""
         if verify == "off" or records.forgotten_ids(opt_state.record.participation).size:
             return {}
-        inner = records.set_settings(end[1], records.get_settings(opt_state.inner))
         given = params, opt_state.inner
-        return {"replay_distance": check_reached((end[0], inner), given, verify_tolerance)}
+        return records.compare_replay(
+            "report", verify_tolerance, given, recorder.extras_seen, lambda: end
+        )
 
     def add(params, opt_state, ids):
         padded = records.bucket(ids)
@@ -341,12 +297,9 @@ def recollect(
         compared_with_run((again[0], again[1].inner), params, opt_state)
         return again
 
+    @records.refusals_as_quotes(guarantee="heuristic")
     def quote(params, opt_state, ids):
-        try:
-            ids, _ = check_request(params, opt_state, ids)
-        except (errors.IdError, errors.TrainingRecordError) as error:
-            return Quote(feasible=False, reason=str(error), guarantee="heuristic")
-        record = opt_state.record
+        ids, record = checked(params, opt_state, ids).ids, opt_state.record
         steps = int(record.participation.num_steps)
         measured, is_rough = judge(record.along.shadows.linearity, rough_above)
         again = is_rough and if_rough == "replay"
@@ -361,8 +314,10 @@ def recollect(
             num_steps=steps if each else 0,
             num_gradients=each * steps,
             retrain_gradients=steps,
-            memory_bytes=copies * (tree.num_bytes(params) + tree.num_bytes(opt_state.inner)),
+            memory_bytes=copies * tree.num_bytes((params, opt_state.inner)),
         )
 
     forget_step = make_joint_step(setting) if joint else add_step
-    return Recollector(init, update, forget, quote, forget_step, refresh, setting.describe)
+    return Recollector(
+        init, update, forget, quote, forget_step, refresh=refresh, describe=setting.describe
+    )

@@ -44,8 +44,8 @@ def promise(
         "residuals": figures,
         "assumptions": (
             seen,
-            certificates.Assumption("normalizer", "proven", _DIVIDED[normalizer]),
-            *certificates.assumed(*_ASSUMED),
+            certificates.divided(normalizer),
+            *certificates.assumed(*certificates.RECORDED),
         ),
         "not_covered": (
             *(() if joint else (path,)),
@@ -70,24 +70,10 @@ def _exact_promise(normalizer: str) -> dict[str, Any]:
                 "Replaying reproduces the run on this device: the gradients of training were "
                 "compared with those of the loss, the state it reached was not.",
             ),
-            certificates.Assumption("normalizer", "proven", _DIVIDED[normalizer]),
-            *certificates.assumed(*_ASSUMED),
+            certificates.divided(normalizer),
+            *certificates.assumed(*certificates.RECORDED),
         ),
         "not_covered": certificates.excluded(
             "earlier models", "preparation", "copies", "other rows"
         ),
     }  # fmt: skip
-
-
-_DIVIDED = {
-    "batch": "Sums over rows stay divided by the scheduled number of rows.",
-    "kept": "Sums over rows are divided by the number of rows that are left.",
-}
-_ASSUMED = (
-    "rows unchanged",
-    "ids complete",
-    "mean loss",
-    "oblivious requests",
-    "public settings",
-    "secret record",
-)

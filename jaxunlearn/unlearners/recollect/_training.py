@@ -36,20 +36,14 @@ class Setting:
     loss_fn: LossFn
     table: records.Units
     penalty: records.Penalty
+    recorder: records.Recorder
     beside: records.Lockstep
     along_log: records.Lockstep
     normalizer: str
-    batch_size: int
-    max_steps: int
     num_probes: int
     joint: bool
     max_bytes: int | None
     progress: bool | None
-
-    @property
-    def keyed(self) -> bool:
-        """Whether the loss takes a key."""
-        return self.beside.keyed
 
     def fresh_along(self, params: Params, inner: PyTree, *, slots: int, shadows: int):
         """Zero tangents for so many units, and shadows not yet drawn."""
@@ -64,12 +58,8 @@ class Setting:
 
     def fresh_record(self, params: Params, inner: PyTree) -> RecollectRecord:
         """The record before the first step."""
-        return RecollectRecord(
-            participation=records.init_participation(self.table.num_examples),
-            log=records.init_log(self.max_steps, self.batch_size, has_key=self.keyed, inner=inner),
-            checkpoints=records.init_checkpoints(params, inner, slots=1, every=self.max_steps),
-            along=self.fresh_training_along(params, inner),
-        )
+        along = self.fresh_training_along(params, inner)
+        return RecollectRecord(*self.recorder.start(params, inner), along)
 
     def describe(self, params: Params) -> dict[str, int]:
         """Bytes of the record by part, from shapes alone."""
@@ -134,10 +124,11 @@ class Setting:
 
     def keys_of(self, key: Any, ids):
         """Each example's own key, None for a loss without."""
-        return kernels.example_keys(key, ids) if self.keyed else None
+        return kernels.example_keys(key, ids) if self.recorder.keyed else None
 
     def _logged_keys(self, row: records.Segment):
-        return self.keys_of(jax.random.wrap_key_data(row.keys), row.ids) if self.keyed else None
+        key = jax.random.wrap_key_data(row.keys) if self.recorder.keyed else None
+        return self.keys_of(key, row.ids)
 
 
 def make_add_step(setting: Setting):
@@ -191,41 +182,26 @@ def make_joint_step(setting: Setting):
     kernel, segment = setting.beside.tangents(), setting.along_log.run(setting.step_of_log)
 
     def joint_step(params, state, rows, ids, weights):
-        record, length = state.record, ids.shape[0]
-        cursor = record.participation.num_steps + jnp.arange(length)
-        window = lambda leaf, fill=0: leaf.at[cursor].get(mode="fill", fill_value=fill)
-        num_rows = window(record.log.step_num_rows, -1)
-        active = jnp.sum(num_rows >= 0, dtype=jnp.int32)
-        steps = records.Segment(
-            rows=rows, ids=ids, weights=weights, num_rows=num_rows,
-            keys=window(record.log.step_keys),
-            settings=jax.tree.map(window, record.log.step_settings),
-        )  # fmt: skip
+        record = state.record
+        window = records.window_of(record, rows, ids, weights)
         slot, one = jnp.zeros((1,), jnp.int32), jnp.ones((1,))
         run = kernel.add(params, state.inner, record.along.tangents, slot, -one)
-        *run, along, bad = segment(*run, record.along, steps, active)
+        *run, along, bad = segment(*run, record.along, window.segment, window.active)
         moved = kernel.add(*run, along.tangents, slot, one)
-        kept = jnp.where((jnp.asarray(ids) >= 0) & (weights != 0), ids, -1)
-        record = record._replace(
-            participation=record.participation._replace(
-                num_steps=record.participation.num_steps + active
-            ),
-            log=record.log._replace(step_ids=record.log.step_ids.at[cursor].set(kept, mode="drop")),
-            along=along,
-        )
-        new_params, new_state, arrays = concluded(params, state, moved, record)
-        return new_params, new_state, arrays | {"num_steps": active, "non_finite": bad.non_finite}
+        record = records.passed(record, window, bad.non_finite)._replace(along=along)
+        figures = {"num_steps": window.active, "non_finite": bad.non_finite}
+        return concluded(params, state, moved, record, **figures)
 
     return joint_step
 
 
-def concluded(params, state, moved, record):
+def concluded(params, state, moved, record, **arrays):
     """What a step returns: the moved state, poisoned where it is no longer finite."""
     status, (new_params, new_inner) = record.participation.status, moved
     params, inner, status, failure = _checked(params, state.inner, new_params, new_inner, status)
     participation = record.participation._replace(status=status)
     state = UnlearnerState(inner, record._replace(participation=participation))
-    return params, state, {"status": failure}
+    return params, state, {"status": failure} | arrays
 
 
 def _checked(params, inner, new_params, new_inner, status):
@@ -345,12 +321,9 @@ class Routes:
 
     def _reached(self, params, state, new_params, inner, log):
         """A replay's end as a state like the given one, with the settings that one has now."""
-        inner = records.set_settings(inner, records.get_settings(state.inner))
-        new_state = UnlearnerState(
-            inner=tree.match_weak_types(inner, state.inner),
-            record=state.record._replace(log=jax.tree.map(jnp.asarray, log)),
-        )
-        return tree.match_weak_types(new_params, params), new_state
+        new_params, inner = records.as_given((new_params, inner), (params, state.inner))
+        record = state.record._replace(log=jax.tree.map(jnp.asarray, log))
+        return new_params, UnlearnerState(inner, record)
 
 
 def _carrying(run):
