@@ -17,6 +17,7 @@ import optax
 from _alignment.optimizers import LBFGS_OPTIONS, Optimizer
 from _alignment.problems import Problem, Stream
 from jaxunlearn import kernels, records, transforms, tree, unlearners
+from jaxunlearn.unlearners.memory_pair._online import make_online_step
 
 EXACT, PATH, PAPER, LEAVE_ONE_OUT, JOINT, DELTAGRAD = (
     "exact", "path", "paper", "leave_one_out", "joint", "deltagrad",
@@ -126,7 +127,7 @@ class Laboratory:
         tx = transforms.online_lbfgs(
             loss_fn, learning_rate=self.rate, l2=l2, owners_per_pair=self.size, **LBFGS_OPTIONS
         )
-        step = records.make_online_step(tx, loss_fn, normalizer="batch")
+        step = make_online_step(tx, loss_fn, normalizer="batch")
         return records.loop_over_steps(step)
 
     def _make_step(self, route):

@@ -23,7 +23,7 @@ import optax
 
 from jaxunlearn import accounting, kernels, transforms, tree, unlearners
 from jaxunlearn.kernels import lbfgs
-from jaxunlearn.records import Event, EventKind
+from jaxunlearn.unlearners import Event, EventKind
 
 INSERTS, WIDTH, DIM = 440, 2, 8
 LAGS = (1, 2, 5, 10, 20, 50, 100, 200, 400)

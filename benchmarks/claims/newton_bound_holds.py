@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxunlearn import Budget, accounting, datasets, kernels, records, unlearners
+from jaxunlearn import Budget, accounting, datasets, kernels, unlearners
 from jaxunlearn.progress import progress
+from jaxunlearn.unlearners.newton._iterates import unpack_float64
 
 L2, NOISE_STDDEV = 1e-3, 10.0
 LOGISTIC_CURVATURE = 1 / (6 * math.sqrt(3))
@@ -88,7 +89,7 @@ def main() -> int:
         for row in order:
             w, state, info = unlearner.forget(w, state, [int(row)], data=data)
             kept[row] = False
-            iterate = records.unpack_float64(state.record.iterate_words)
+            iterate = unpack_float64(state.record.iterate_words)
             truth = true_residual(iterate, x[kept].astype(np.float64), y[kept].astype(np.float64))
             ratios.append(info.measurements["residual_bound"] / truth)
             advance(1)

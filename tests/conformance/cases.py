@@ -17,7 +17,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxunlearn import Budget, Unlearner, kernels, records, transforms, unlearners
+from jaxunlearn import Budget, Unlearner, kernels, records, transforms, tree, unlearners
+from jaxunlearn.unlearners.newton._iterates import unpack_float64
 
 NUM_EXAMPLES, NUM_SEEN, BATCH, STEPS = 40, 13, 4, 9
 """40 ids are declared, rows 0..13 have data, ids 0..12 are trained on."""
@@ -123,7 +124,7 @@ def with_spoilt_tangents(params, state):
 def iterate_of(forgotten):
     """The un-noised float64 iterate in the record."""
     words = forgotten.opt_state.record.iterate_words
-    return records.split(records.unpack_float64(words), forgotten.params)
+    return tree.split(unpack_float64(words), forgotten.params)
 
 
 def memory_pair(tx, loss_fn, **options) -> Unlearner:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxunlearn import audits, datasets, errors, kernels, records, transforms
+from jaxunlearn import audits, datasets, errors, kernels, records, transforms, tree
 from jaxunlearn.kernels import lbfgs
 from tests.compiled_once import compiled_once
 from tests.conformance import cases
@@ -54,7 +54,7 @@ def hessian(ids, l2):
 
 
 def flat_params():
-    return records.flatten(cases.make_params())
+    return tree.flatten(cases.make_params())
 
 
 # --- averages ---------------------------------------------------------------------------------
@@ -67,8 +67,8 @@ def test_moments_are_those_of_an_optimizer_of_num_steps_steps_at_held_parameters
     assert sorted(spy.read) == RETAINED.tolist()
     g = np.array([gradient(flat_params(), batch, L2) for batch in batches])
     mean, square = (1 - B1**STEPS) * np.mean(g, 0), (1 - B2**STEPS) * np.mean(g**2, 0)
-    np.testing.assert_allclose(records.flatten(state.mu), mean, rtol=2e-5, atol=1e-7)
-    np.testing.assert_allclose(records.flatten(state.nu), square, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(tree.flatten(state.mu), mean, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(tree.flatten(state.nu), square, rtol=2e-5, atol=1e-7)
 
 
 def test_bias_correction_by_the_public_counter_gives_the_retained_gradient():
@@ -76,8 +76,8 @@ def test_bias_correction_by_the_public_counter_gives_the_retained_gradient():
     state = remade(optax.chain(optax.clip(1e6), optax.scale_by_adam(B1, B2)), **whole)[1]
     g = gradient(flat_params(), RETAINED)
     assert int(state.count) == 3
-    np.testing.assert_allclose(records.flatten(state.mu) / (1 - B1**3), g, rtol=2e-5)
-    np.testing.assert_allclose(records.flatten(state.nu) / (1 - B2**3), g**2, rtol=2e-5)
+    np.testing.assert_allclose(tree.flatten(state.mu) / (1 - B1**3), g, rtol=2e-5)
+    np.testing.assert_allclose(tree.flatten(state.nu) / (1 - B2**3), g**2, rtol=2e-5)
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_what_stands_before_an_average_changes_what_it_is_fed():
     whole = {"batch_size": 11, "num_batches": 1, "num_steps": 2}
     state = remade(optax.chain(optax.clip(0.01), optax.trace(0.5)), **whole)[1]
     expected = 1.5 * np.clip(gradient(flat_params(), RETAINED), -0.01, 0.01)
-    np.testing.assert_allclose(records.flatten(state.trace), expected, rtol=1e-5)
+    np.testing.assert_allclose(tree.flatten(state.trace), expected, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -96,8 +96,8 @@ def test_an_accumulator_between_two_steps_holds_the_mean_gradient():
     batches = np.array_split(np.array(spy.read), 3)
     mean = np.mean([gradient(flat_params(), batch) for batch in batches], axis=0)
     assert (int(state.gradient_step), int(state.mini_step)) == (1, 3)
-    np.testing.assert_allclose(records.flatten(state.inner_opt_state.trace), mean, rtol=1e-5)
-    np.testing.assert_allclose(records.flatten(state.acc_grads), mean, rtol=1e-5)
+    np.testing.assert_allclose(tree.flatten(state.inner_opt_state.trace), mean, rtol=1e-5)
+    np.testing.assert_allclose(tree.flatten(state.acc_grads), mean, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_the_penalty_is_left_out_where_the_mask_says_so():
     state = remade(optax.trace(0.0), **options)
     penalty = L2 * flat_params() * np.array([0, 1, 1, 1, 1, 1])
     expected = gradient(flat_params(), RETAINED) + penalty
-    np.testing.assert_allclose(records.flatten(state.trace), expected, rtol=1e-5)
+    np.testing.assert_allclose(tree.flatten(state.trace), expected, rtol=1e-5)
 
 
 NESTED = ["chain"]
@@ -231,9 +231,9 @@ def test_an_optax_lbfgs_with_room_for_all_directions_takes_the_newton_step_next(
     tx = optax.scale_by_lbfgs(memory_size=6)
     state = remade(tx, num_steps=9, **WHOLE)
     g = gradient(flat_params(), RETAINED, L2)
-    step, after = tx.update(records.unflatten(g, cases.make_params()), state, cases.make_params())
+    step, after = tx.update(tree.unflatten(g, cases.make_params()), state, cases.make_params())
     newton = np.linalg.solve(hessian(RETAINED, L2), g)
-    np.testing.assert_allclose(records.flatten(step), newton, rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(tree.flatten(step), newton, rtol=2e-3, atol=2e-4)
     assert int(after.count) == 10
 
 
@@ -249,7 +249,7 @@ def test_an_optax_lbfgs_memory_holds_as_many_pairs_as_steps_have_made(num_steps)
     h = hessian(RETAINED, L2)
     for slot in held:
         s, y = (
-            records.flatten(jax.tree.map(lambda leaf, i=slot: leaf[i], memory))
+            tree.flatten(jax.tree.map(lambda leaf, i=slot: leaf[i], memory))
             for memory in (state.diff_params_memory, state.diff_updates_memory)
         )
         np.testing.assert_allclose(y, h @ s, rtol=1e-4, atol=1e-5)
@@ -264,9 +264,9 @@ def test_a_masked_lbfgs_gets_the_curvature_of_its_own_block():
     )
     state = remade(tx, num_steps=9, **WHOLE)
     g = gradient(flat_params(), RETAINED, L2)
-    step, _ = tx.update(records.unflatten(g, cases.make_params()), state, cases.make_params())
+    step, _ = tx.update(tree.unflatten(g, cases.make_params()), state, cases.make_params())
     block = np.linalg.solve(hessian(RETAINED, L2)[1:, 1:], g[1:])
-    np.testing.assert_allclose(records.flatten(step), np.r_[g[0], block], rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(tree.flatten(step), np.r_[g[0], block], rtol=2e-3, atol=2e-4)
 
 
 class OnlineState(NamedTuple):
@@ -287,9 +287,9 @@ def test_a_memory_of_the_kernels_is_found_inside_any_state():
     )
     state = remade(tx, num_steps=9, **WHOLE)
     v = np.arange(6.0)
-    found = lbfgs.inverse_product(state.memory, records.unflatten(v, cases.make_params()))
+    found = lbfgs.inverse_product(state.memory, tree.unflatten(v, cases.make_params()))
     expected = np.linalg.solve(hessian(RETAINED, L2), v)
-    np.testing.assert_allclose(records.flatten(found), expected, rtol=5e-3, atol=5e-4)
+    np.testing.assert_allclose(tree.flatten(found), expected, rtol=5e-3, atol=5e-4)
     assert (int(state.steps), int(state.memory.push_clock)) == (9, 9)
     assert sorted(np.asarray(state.memory.pair_clocks)) == [3, 4, 5, 6, 7, 8]
     assert np.all(np.asarray(state.memory.pair_owners) == -1)
@@ -301,9 +301,9 @@ def test_online_lbfgs_of_the_library_is_known():
         transforms.online_lbfgs(cases.squared_error, memory_size=6), num_steps=9, **WHOLE
     )
     g = gradient(flat_params(), RETAINED, L2)
-    found = lbfgs.inverse_product(state.curvature, records.unflatten(g, cases.make_params()))
+    found = lbfgs.inverse_product(state.curvature, tree.unflatten(g, cases.make_params()))
     expected = np.linalg.solve(hessian(RETAINED, L2), g)
-    np.testing.assert_allclose(records.flatten(found), expected, rtol=5e-3, atol=5e-4)
+    np.testing.assert_allclose(tree.flatten(found), expected, rtol=5e-3, atol=5e-4)
     assert int(state.num_online_steps) == 9
     assert np.isclose(float(state.gradient_square_sum), 9 * g @ g, rtol=1e-4)
 
@@ -440,7 +440,7 @@ def test_the_hessian_products_are_those_of_the_sampled_rows():
     v = cases.make_params()
     product = jax.jit(kernels.hvp(cases.squared_error))(cases.make_params(), rows, v)
     np.testing.assert_allclose(
-        records.flatten(product), hessian(RETAINED, 0.0) @ records.flatten(v), rtol=1e-5
+        tree.flatten(product), hessian(RETAINED, 0.0) @ tree.flatten(v), rtol=1e-5
     )
 
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxunlearn import kernels, transforms, unlearners
-from jaxunlearn.records import Event, EventKind
+from jaxunlearn.unlearners import Event, EventKind
 
 DIM, WIDTH, INSERTS, EVENTS = 4, 2, 24, 32
 NUM_EXAMPLES = INSERTS * WIDTH

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from jaxunlearn import errors, kernels, records, unlearners
+from jaxunlearn.unlearners.deltagrad._corrected import reads_loss
 from tests import oracles
 
 NUM_ROWS, BATCH, STEPS, L2 = 40, 8, 25, 0.1
@@ -363,7 +364,7 @@ def test_where_curvature_is_negative_the_gradient_is_evaluated(x64):
 @pytest.mark.slow
 def test_an_optimizer_that_reads_the_loss_takes_exact_steps_only(x64):
     params = jax.tree.map(jnp.asarray, problem()[1])
-    reads = lambda tx: records.reads_loss(tx, params, tx.init(params))
+    reads = lambda tx: reads_loss(tx, params, tx.init(params))
     assert {name for name in TRANSFORMS if reads(TRANSFORMS[name]())} == {"line-search"}
     assert reads(optax.contrib.reduce_on_plateau())
     unlearner = make(TRANSFORMS["line-search"](), period=5)
@@ -377,9 +378,9 @@ def test_an_optimizer_that_reads_the_loss_takes_exact_steps_only(x64):
 
 def test_a_trajectory_beyond_max_bytes_is_refused_before_training():
     params = {"w": jnp.zeros((100, 10)), "b": jnp.zeros(24)}
-    size = records.trajectory_bytes(params, STEPS + 1)
+    size = unlearners.trajectory_bytes(params, STEPS + 1)
     assert size == 2 * 4 * 1024 * (STEPS + 1)
-    assert records.trajectory_bytes(params, 10, storage_dtype=jnp.bfloat16) == 6 * 1024 * 10
+    assert unlearners.trajectory_bytes(params, 10, storage_dtype=jnp.bfloat16) == 6 * 1024 * 10
     make(optax.sgd(0.1), max_bytes=size).init(params)
     with pytest.raises(ValueError, match=f"max_bytes={size - 1}, got {size} bytes"):
         make(optax.sgd(0.1), max_bytes=size - 1).init(params)

@@ -42,7 +42,7 @@ def train(method, start=None, *, steps=range(STEPS), skip=()):
 
     for t in steps:
         ids = np.where(np.isin(ids_of_step(t), skip), -1, ids_of_step(t))
-        path.append(records.flatten(params))
+        path.append(tree.flatten(params))
         rows = jax.tree.map(lambda leaf, ids=ids: leaf[np.maximum(ids, 0)], WIDE)
         params, state = step(params, state, rows, ids)
     return (params, state), path
@@ -64,7 +64,7 @@ def changes(path, gone, normalizer="batch"):
 
 
 def assert_flat(found, expected):
-    np.testing.assert_allclose(records.flatten(found), expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(tree.flatten(found), expected, rtol=1e-10, atol=1e-12)
 
 
 # --- the closed forms --------------------------------------------------------------------------
@@ -77,11 +77,11 @@ def test_momentum_loses_what_the_rows_put_in_and_the_parameters_what_they_moved(
     result = method.forget(params, state, FORGET, data=WIDE)
     _, d = changes(path, FORGET, normalizer)
     decay = B1 ** np.arange(STEPS)[::-1]
-    trace = records.flatten(state.inner[0].trace) + decay @ d
+    trace = tree.flatten(state.inner[0].trace) + decay @ d
     assert_flat(result.opt_state.inner[0].trace, trace)
     # A change d_t sits in the trace of step t and of every later one.
     moved = sum(d[t] * (1 - B1 ** (STEPS - t)) / (1 - B1) for t in range(STEPS))
-    assert_flat(result.params, records.flatten(params) - RATE * moved)
+    assert_flat(result.params, tree.flatten(params) - RATE * moved)
 
 
 def test_adam_moments_are_the_closed_form_and_the_parameters_its_direct_updates():
@@ -92,11 +92,11 @@ def test_adam_moments_are_the_closed_form_and_the_parameters_its_direct_updates(
     g, d = changes(path, FORGET)
     age = np.arange(STEPS)[::-1]
     before, after = state.inner[0], result.opt_state.inner[0]
-    assert_flat(after.mu, records.flatten(before.mu) + (1 - B1) * (B1**age @ d))
+    assert_flat(after.mu, tree.flatten(before.mu) + (1 - B1) * (B1**age @ d))
     square = (1 - B2) * (B2**age @ (2 * g * d + d**2))
-    assert_flat(after.nu, records.flatten(before.nu) + square)
+    assert_flat(after.nu, tree.flatten(before.nu) + square)
     assert int(after.count) == int(before.count) == STEPS
-    mean, square, moved = np.zeros(6), np.zeros(6), records.flatten(cases.make_params(jnp.float64))
+    mean, square, moved = np.zeros(6), np.zeros(6), tree.flatten(cases.make_params(jnp.float64))
     for t in range(STEPS):
         mean = B1 * mean + (1 - B1) * (g + d)[t]
         square = B2 * square + (1 - B2) * (g + d)[t] ** 2
@@ -112,7 +112,7 @@ def test_an_average_of_gradients_is_the_closed_form():
     result = method.forget(params, state, FORGET, data=WIDE)
     _, d = changes(path, FORGET)
     part = (1 - B1) * (B1 ** np.arange(STEPS)[::-1] @ d)
-    assert_flat(result.opt_state.inner[0].ema, records.flatten(state.inner[0].ema) + part)
+    assert_flat(result.opt_state.inner[0].ema, tree.flatten(state.inner[0].ema) + part)
 
 
 @pytest.mark.slow
@@ -126,10 +126,10 @@ def test_any_transform_is_folded_over_the_retained_gradients_at_the_recorded_par
     like = cases.make_params(jnp.float64)
     moved, inner = like, tx.init(like)
     for t, w in enumerate(path):
-        grads = records.unflatten(gradient(w, t, FORGET) + 0.1 * w, like)
-        updates, inner = tx.update(grads, inner, records.unflatten(w, like))
+        grads = tree.unflatten(gradient(w, t, FORGET) + 0.1 * w, like)
+        updates, inner = tx.update(grads, inner, tree.unflatten(w, like))
         moved = optax.apply_updates(moved, updates)
-    assert_flat(result.params, records.flatten(moved))
+    assert_flat(result.params, tree.flatten(moved))
     assert tree.relative_distance(result.opt_state.inner, inner) < 1e-10
 
 
@@ -172,7 +172,7 @@ def test_training_between_two_deletions_goes_on_where_the_first_landed():
     start = (first.params, first.opt_state)
     (params, state), later = train(method, start, steps=range(5, STEPS), skip=[3])
     result = method.forget(params, state, [5], data=WIDE)
-    trace, moved = np.zeros(6), records.flatten(cases.make_params(jnp.float64))
+    trace, moved = np.zeros(6), tree.flatten(cases.make_params(jnp.float64))
     for t, w in enumerate(path + later):
         trace = B1 * trace + gradient(w, t, [3, 5]) * (1 if t < 5 else _scheduled_share(t, [3]))
         moved = moved - RATE * trace

@@ -21,7 +21,8 @@ from jaxunlearn import (
     unlearners,
 )
 from jaxunlearn.kernels import lbfgs
-from jaxunlearn.records import Event, Outcome
+from jaxunlearn.unlearners import Event, Outcome
+from jaxunlearn.unlearners.memory_pair import _online, _stream
 from tests.unlearners import _streams as streams
 from tests.unlearners._streams import DELETE, INSERT, Made, events_of, train
 
@@ -205,18 +206,18 @@ def test_sums_that_never_decay_are_taken_out_or_the_row_is_not_gone():
         push_clock=memory.push_clock - 1, pair_clocks=memory.pair_clocks - jnp.uint32(1)
     )
     given, other = state(5, 4971.0, memory), state(4, 299.0, shorter)
-    twins = records.Twins(jnp.ones(2), given, jnp.ones(2), other, jnp.int32(9))
+    twins = _online.Twins(jnp.ones(2), given, jnp.ones(2), other, jnp.int32(9))
     nobody, owner = jnp.array([0, -1]), jnp.array([3, -1])
-    assert bool(records.is_gone(given, twins, nobody))
-    assert tree.same_bits(records.without_sums(given, twins), other)
-    assert not bool(records.is_gone(given, twins, owner))
-    assert not bool(records.is_gone(given, twins._replace(quiet_steps=jnp.int32(2)), nobody))
+    assert bool(_stream.is_gone(given, twins, nobody))
+    assert tree.same_bits(_stream.without_sums(given, twins), other)
+    assert not bool(_stream.is_gone(given, twins, owner))
+    assert not bool(_stream.is_gone(given, twins._replace(quiet_steps=jnp.int32(2)), nobody))
     older = other._replace(curvature=shorter._replace(pair_clocks=jnp.zeros(2, jnp.uint32)))
     wilder = other._replace(gradient_square_sum=jnp.float32(jnp.nan))
     fewer = other._replace(curvature=shorter._replace(num_pairs=jnp.int32(1)))
     for unlike, quiet in ((older, 3), (wilder, 9), (fewer, 9)):
         changed = twins._replace(other_inner=unlike, quiet_steps=jnp.int32(quiet))
-        assert not bool(records.is_gone(given, changed, nobody))
+        assert not bool(_stream.is_gone(given, changed, nobody))
 
 
 @pytest.mark.slow
@@ -391,13 +392,13 @@ def test_a_quote_counts_the_gradients_that_the_program_has(incoming):
         num_rows=jnp.int32(8), keys=jnp.zeros((), jnp.uint32), settings={},
     )  # fmt: skip
     inner = tx.init(params)
-    step = records.make_online_step(tx, streams.squared, normalizer="kept")
-    twin = records.make_twin_step(tx, streams.squared, normalizer="kept")
+    step = _online.make_online_step(tx, streams.squared, normalizer="kept")
+    twin = _online.make_twin_step(tx, streams.squared, normalizer="kept")
     gradient = kernels.weighted_grad(streams.squared)
     one = _readings(gradient, params, row.rows, row.weights)
     counted = {
         "replay": _readings(step, params, inner, row) // one,
-        "tangent": _readings(twin, records.twins_of(params, inner), row, row.weights) // one,
+        "tangent": _readings(twin, _online.twins_of(params, inner), row, row.weights) // one,
     }
     for mode, per_step in counted.items():
         unlearner = unlearners.memory_pair(
@@ -442,7 +443,7 @@ def test_the_stream_stays_with_the_unlearner():
         type(unlearner)._make(unlearner._asdict().values()),
         unlearner.__reduce__()[0](*unlearner.__reduce__()[1]),
     ):
-        assert isinstance(other, records.StreamUnlearner)
+        assert isinstance(other, unlearners.StreamUnlearner)
         assert other.stream is unlearner.stream
     with pytest.raises(TypeError, match="not a pytree"):
         type(unlearner)._make([print, print])

@@ -7,7 +7,7 @@ import pytest
 
 from jaxunlearn import accounting, transforms, unlearners
 from jaxunlearn.kernels import lbfgs
-from jaxunlearn.records import Event, EventKind, Outcome
+from jaxunlearn.unlearners import Event, EventKind, Outcome
 from tests.unlearners import _streams as streams
 
 TOLERANCE = 1e-9

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxunlearn import accounting, transforms, tree
 from jaxunlearn.kernels import lbfgs
-from jaxunlearn.records import Outcome
+from jaxunlearn.unlearners import Outcome
 from tests.unlearners import _streams as streams
 from tests.unlearners._streams import DELETE, EVENTS, INSERT, NOTHING, PREDICT, compiled, events_of
 

@@ -10,8 +10,9 @@ import optax
 import pytest
 import scipy.stats
 
-from jaxunlearn import Budget, Status, accounting, certificates, errors, kernels, records
+from jaxunlearn import Budget, Status, accounting, certificates, errors, kernels, tree
 from jaxunlearn.unlearners import newton
+from jaxunlearn.unlearners.newton._iterates import unpack_float64
 from tests.conformance import cases
 from tests.unlearners import _convex as convex
 
@@ -38,7 +39,7 @@ def observed(unlearner, params, num_examples):
 
 def iterate(state):
     """The un-noised float64 iterate of the record."""
-    return records.unpack_float64(state.record.iterate_words)
+    return unpack_float64(state.record.iterate_words)
 
 
 # --- least squares: the closed form ------------------------------------------------------------
@@ -72,7 +73,7 @@ def test_forget_step_is_the_closed_form_on_a_quadratic(x64, solver, forget):
     )
     kept = np.setdiff1d(IDS, forget)
     expected = convex.least_squares_minimiser(data, kept, L2)
-    assert np.linalg.norm(records.flatten(moved) - expected) < 1e-10 * np.linalg.norm(expected)
+    assert np.linalg.norm(tree.flatten(moved) - expected) < 1e-10 * np.linalg.norm(expected)
     assert int(arrays["status"]) == Status.OK
 
 
@@ -329,7 +330,7 @@ def test_the_worst_case_covers_a_removed_row_that_the_l2_term_doubles(off):
     kept = slopes[num_forgotten:].mean()
     gradient = kept + hessian_lipschitz * np.clip(grid - centre, 0, 3.0) ** 2 / 2 + l2 * grid
     minimiser = grid[np.argmin(np.abs(gradient))]
-    truth = abs(records.unpack_float64(result.opt_state.record.iterate_words)[0] - minimiser)
+    truth = abs(unpack_float64(result.opt_state.record.iterate_words)[0] - minimiser)
     assert truth > 0.02
     assert result.info.measurements["distance_bound"] >= truth
 
@@ -412,7 +413,7 @@ def test_a_second_request_starts_from_the_iterate_without_noise():
     unlearner, data, params, state = tiny()
     first = unlearner.forget(params, state, [3], data=data)
     second = unlearner.forget(first.params, first.opt_state, [5], data=data)
-    released = records.flatten(first.params)
+    released = tree.flatten(first.params)
     assert np.linalg.norm(released - iterate(first.opt_state)) > 1
     assert second.info.measurements["start_residual"] < 1e-4
     assert residual_at(released, [3]) > 1
@@ -423,7 +424,7 @@ def test_parameters_changed_after_a_release_are_started_from_and_their_residual_
     first = unlearner.forget(params, state, [3], data=data)
     moved = jax.tree.map(lambda leaf: leaf + 0.01, params)
     second = unlearner.forget(moved, first.opt_state, [5], data=data)
-    truth = residual_at(records.flatten(moved), [3])
+    truth = residual_at(tree.flatten(moved), [3])
     assert truth > 0.1
     assert second.info.measurements["start_residual"] == pytest.approx(truth, rel=1e-6)
     assert second.info.measurements["residual_bound"] >= residual_at(
@@ -436,7 +437,7 @@ def test_parameters_before_any_release_are_started_from():
     moved = jax.tree.map(lambda leaf: leaf + 0.01, params)
     info = unlearner.forget(moved, state, [5], data=data).info
     assert info.measurements["start_residual"] == pytest.approx(
-        residual_at(records.flatten(moved), []), rel=1e-6
+        residual_at(tree.flatten(moved), []), rel=1e-6
     )
 
 

@@ -22,6 +22,22 @@ from jaxunlearn.types import (
     Quote,
     UnlearnerState,
 )
+from jaxunlearn.unlearners.memory_pair._events import (
+    Event,
+    EventKind,
+    Outcome,
+    Stream,
+    StreamOutput,
+    StreamState,
+    StreamUnlearner,
+)
+from jaxunlearn.unlearners.memory_pair._online import (
+    make_online_step,
+    make_twin_segment,
+    make_twin_step,
+    relative_gap,
+    twins_of,
+)
 from jaxunlearn.unlearners.memory_pair._promises import promise, terms
 from jaxunlearn.unlearners.memory_pair._steps import (
     correct_now,
@@ -29,6 +45,26 @@ from jaxunlearn.unlearners.memory_pair._steps import (
     insert_of,
     other_of,
 )
+from jaxunlearn.unlearners.memory_pair._stream import (
+    Learner,
+    is_gone,
+    is_trusted,
+    make_stream,
+    moved_by,
+    without_sums,
+)
+
+__all__ = [
+    "Event",
+    "EventKind",
+    "MemoryPairRecord",
+    "Outcome",
+    "Stream",
+    "StreamOutput",
+    "StreamState",
+    "StreamUnlearner",
+    "memory_pair",
+]
 
 MODES = ("replay", "tangent", "drop_pair", "paper")
 
@@ -73,7 +109,7 @@ def memory_pair(
     verify: str = "report",
     verify_tolerance: float = 1e-4,
     progress: bool | None = None,
-) -> records.StreamUnlearner:
+) -> StreamUnlearner:
     """Online L-BFGS whose inserts can be deleted, by single requests or within the stream itself.
 
     The optimizer is `transforms.online_lbfgs(loss_fn, ...)`, and `inner` is its state. In a loop,
@@ -87,14 +123,15 @@ def memory_pair(
       max_steps: inserts that a run may have; the ledger is allocated for them.
       batch_size: the most rows an insert may have; each pair carries that many ids.
       mode: "replay": the ledger runs again from the last checkpoint without the rows, admissions
-        taken anew; exact. "tangent": the same with first-order gradients
-        (`records.make_twin_step`); exact where the loss is quadratic, and no cheaper.
+        taken anew; exact. "tangent": the same with gradients to first order around the recorded
+        run; exact where the loss is quadratic, and no cheaper.
         "drop_pair": the rows' own pairs go, the parameters stay. "paper": the published step back,
         which leaves the pairs; `paper=` chooses the version.
       learning_rate, memory_size, admission, l2: of `transforms.online_lbfgs`;
         `optimizer_options`: its others.
       normalizer: "kept" divides a step by the rows that are left, as if the others had not come;
-        "batch" by the rows it had. A step that keeps none is not taken.
+        "batch" by the rows it had. A step that keeps none is not taken. The default is not
+        `replay`'s, since a stream has no schedule that would say how many rows were to come.
       odometer: how many deletions "paper" may make, and with which noise; told by `quote`.
       nothing_below: in units of the parameters' rounding. "paper" and "drop_pair" first follow the
         rows' influence to the present; where both runs agreed to that since before the oldest pair,
@@ -104,7 +141,7 @@ def memory_pair(
         `unlearners.replay`; "paper" and "drop_pair" verify nothing.
 
     Returns:
-      An `Unlearner` with the attribute `stream`, a `records.Stream`. `forget_step` takes, for
+      An `Unlearner` with the attribute `stream`, a `Stream`. `forget_step` takes, for
       "replay", a segment of steps as `unlearners.replay` does; for "tangent" one whose ids are in
       place, with weight 0 for rows to go; else the rows (b, ...) to go, with weight 1. That one
       is a deletion like those of `forget`, noted and charged, and does not look whether anything
@@ -133,15 +170,15 @@ def memory_pair(
         loss_fn, memory_size=memory_size, owners_per_pair=batch_size, admission=admission, **options
     )
     inner_update = records.wrapped_update(tx, records.Penalty(None))
-    online_step = records.make_online_step(tx, loss_fn, normalizer=normalizer)
+    online_step = make_online_step(tx, loss_fn, normalizer=normalizer)
     looks = mode == "tangent" or (mode != "replay" and nothing_below is not None)
-    twin_step = records.make_twin_step(
+    twin_step = make_twin_step(
         tx, loss_fn, normalizer=normalizer, rounding_units=nothing_below or 0.0
     )
     per_step = 2 if options.get("incoming") == "gradient" else 3
     back = correction(loss_fn, mode, paper, odometer, options)
     segment_of = records.loop_over_steps(online_step)
-    twin_segment = records.make_twin_segment(twin_step)
+    twin_segment = make_twin_segment(twin_step)
     correct, drop_after = jax.jit(back), jax.jit(records.drop_after)
     rerun, rerun_twins = (
         records.Rerun(segment, segment_length=segment_length, show=progress)
@@ -194,7 +231,7 @@ def memory_pair(
 
     def follow(opt_state, ids, reader, plan, rewrite=None):
         """Both runs at the present, to first order; and checkpoints of the one without the rows."""
-        start = records.twins_of(*records.read_slot(opt_state.record.checkpoints, plan.slot))
+        start = twins_of(*records.read_slot(opt_state.record.checkpoints, plan.slot))
         carry = (start, jnp.asarray(records.bucket(ids)))
         other = lambda twins, ids: (twins.other_params, twins.other_inner)
         run = rerun_twins(plan.log, plan, carry, reader, rewrite=rewrite, reached=other)
@@ -208,14 +245,14 @@ def memory_pair(
         measured = records.compare_replay(
             how, verify_tolerance, given, set(), lambda: (twins.params, twins.inner)
         )
-        influence = float(records.relative_gap(twins.other_params, twins.params))
-        if not bool(records.is_trusted(twins)):
+        influence = float(relative_gap(twins.other_params, twins.params))
+        if not bool(is_trusted(twins)):
             raise errors.VerificationError(
                 f"Expected a first-order move well below the parameters' norm, got {influence:.3g} "
                 "of it: this run is not smooth enough for first order. Nothing was changed; use "
                 'mode="replay".'
             )
-        new, inner = records.moved_by(params, opt_state.inner, twins)
+        new, inner = moved_by(params, opt_state.inner, twins)
         return _Deleted(new, inner, fresh, measured | {"influence": influence})
 
     def by_correction(params, opt_state, ids, reader, plan):
@@ -225,10 +262,10 @@ def memory_pair(
         ids = records.bucket(ids)
         if looks:
             twins, _ = follow(opt_state, ids, reader, plan)
-            measured["influence"] = float(records.relative_gap(twins.other_params, twins.params))
-            if bool(records.is_gone(opt_state.inner, twins, jnp.asarray(ids))):
+            measured["influence"] = float(relative_gap(twins.other_params, twins.params))
+            if bool(is_gone(opt_state.inner, twins, jnp.asarray(ids))):
                 measured["nothing_left"] = True
-                inner = tree.copy(records.without_sums(opt_state.inner, twins))
+                inner = tree.copy(without_sums(opt_state.inner, twins))
                 return _Deleted(tree.copy(params), inner, checkpoints, measured)
         before = opt_state.record.num_deletions
         new, inner, norm, stddev, _ = correct(params, opt_state.inner, reader(ids), ids, before)
@@ -281,14 +318,14 @@ def memory_pair(
             memory_bytes=(tree.num_bytes(record.checkpoints) + 2 * state_bytes) if ids.size else 0,
         )
 
-    learner = records.Learner(
+    learner = Learner(
         online_step, kernels.weighted_loss(loss_fn), twin_step if looks else None, back
     )
-    stream = records.make_stream(
+    stream = make_stream(
         init, learner, num_examples=num_examples, mode=mode, every=recorder.every,
         max_deletions=None if odometer is None else odometer.max_deletions, keyed=recorder.keyed,
     )  # fmt: skip
-    return records.StreamUnlearner(init, update, forget, quote, forget_step, stream=stream)
+    return StreamUnlearner(init, update, forget, quote, forget_step, stream=stream)
 
 
 def _check_options(mode, normalizer, paper, odometer, verify):

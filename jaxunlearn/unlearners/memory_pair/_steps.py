@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxunlearn import records, transforms
 from jaxunlearn.kernels import lbfgs
 from jaxunlearn.types import Status
+from jaxunlearn.unlearners.memory_pair._burials import deletion_status, each_once, erase
+from jaxunlearn.unlearners.memory_pair._online import twins_of
 
 
 def correction(loss_fn, mode, paper, odometer, options):
@@ -42,12 +44,12 @@ def correct_now(back, num_examples, odometer, params, state, rows, ids, weights)
     range, forgotten already or never seen, and where capacity or sensitivity do not suffice.
     """
     record = state.record
-    going = records.each_once(jnp.where(weights != 0, ids, -1))
+    going = each_once(jnp.where(weights != 0, ids, -1))
     capacity = None if odometer is None else odometer.max_deletions
-    status = records.deletion_status(record, going, num_examples, capacity)
+    status = deletion_status(record, going, num_examples, capacity)
     new_params, inner, _, _, fits = back(params, state.inner, rows, going, record.num_deletions)
     status |= jnp.where(fits, 0, int(Status.BUDGET_EXHAUSTED)).astype(jnp.int32)
-    erased = records.erase(record, going)
+    erased = erase(record, going)
     record = jax.tree.map(lambda new, old: jnp.where(status == 0, new, old), erased, record)
     return records.finished(new_params, inner, record, status)
 
@@ -58,7 +60,7 @@ def other_of(twin_segment):
     def run(params, inner, segment, active):
         leaving = jnp.where(segment.weights == 0, segment.ids, -1).ravel()
         whole = segment._replace(weights=(segment.ids >= 0).astype(segment.weights.dtype))
-        twins, _, flags = twin_segment(records.twins_of(params, inner), leaving, whole, active)
+        twins, _, flags = twin_segment(twins_of(params, inner), leaving, whole, active)
         return twins.other_params, twins.other_inner, flags
 
     return run

@@ -34,6 +34,7 @@ from jaxunlearn.unlearners.recollect._checks import (
     complain,
     judge,
 )
+from jaxunlearn.unlearners.recollect._lockstep import Lockstep, end_shadows, without_states
 from jaxunlearn.unlearners.recollect._promises import promise
 from jaxunlearn.unlearners.recollect._training import (
     RecollectRecord,
@@ -42,6 +43,7 @@ from jaxunlearn.unlearners.recollect._training import (
     make_add_step,
     make_joint_step,
 )
+from jaxunlearn.unlearners.recollect._units import Units
 
 __all__ = ["RecollectRecord", "Recollector", "recollect"]
 
@@ -147,9 +149,9 @@ def recollect(
     """
     check_options(num_probes, if_rough, rough_above, storage_dtype, verify, verify_tolerance)
     penalty = records.Penalty(l2, l2_mask)
-    table = records.Units(num_examples, units, track)
+    table = Units(num_examples, units, track)
     lockstep = functools.partial(
-        records.Lockstep, tx, loss_fn, normalizer=normalizer, penalty=penalty,
+        Lockstep, tx, loss_fn, normalizer=normalizer, penalty=penalty,
         recursion=recursion, track_leaves=track_leaves, storage_dtype=storage_dtype,
         offload=offload, units_at_once=units_at_once, microbatch_size=microbatch_size,
     )  # fmt: skip
@@ -284,7 +286,7 @@ def recollect(
         live = np.array(along.slot_is_live)
         if not joint:
             live[np.asarray(table.slots(jnp.asarray(ids)))] = False
-        ended = records.end_shadows(records.without_states(along.shadows))
+        ended = end_shadows(without_states(along.shadows))
         along = along._replace(slot_is_live=jnp.asarray(live), shadows=ended)
         return UnlearnerState(state.inner, state.record._replace(along=along))
 

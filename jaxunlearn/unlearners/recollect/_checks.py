@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxunlearn import errors, records
+from jaxunlearn.unlearners.recollect._lockstep import NOT_MEASURED
 
 POLICIES = ("warn", "refuse", "replay")
 EPS_ROOT = (
@@ -43,7 +44,7 @@ def judge(linearity: Any, rough_above: float) -> tuple[dict[str, float], bool]:
     """The measured errors by name, and whether the run is too rough to trust."""
     names = ("linearity_params", "linearity_state")
     figures = dict(zip(names, map(float, jax.device_get(linearity)), strict=True))
-    measured = {name: x for name, x in figures.items() if x != records.NOT_MEASURED}
+    measured = {name: x for name, x in figures.items() if x != NOT_MEASURED}
     return measured, any(not x <= rough_above for x in measured.values())
 
 

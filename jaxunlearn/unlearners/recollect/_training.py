@@ -12,6 +12,16 @@ from jaxtyping import PyTree
 
 from jaxunlearn import errors, kernels, records, tree
 from jaxunlearn.types import LossFn, Params, Status, UnlearnerState
+from jaxunlearn.unlearners.recollect._lockstep import (
+    ENDED,
+    Along,
+    Lockstep,
+    TracedStep,
+    end_shadows,
+    init_along,
+    without_states,
+)
+from jaxunlearn.unlearners.recollect._units import Units
 
 
 class RecollectRecord(NamedTuple):
@@ -20,7 +30,7 @@ class RecollectRecord(NamedTuple):
     participation: records.Participation
     log: records.StepLog
     checkpoints: records.Checkpoints
-    along: records.Along
+    along: Along
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +44,11 @@ class Setting:
 
     tx: optax.GradientTransformation
     loss_fn: LossFn
-    table: records.Units
+    table: Units
     penalty: records.Penalty
     recorder: records.Recorder
-    beside: records.Lockstep
-    along_log: records.Lockstep
+    beside: Lockstep
+    along_log: Lockstep
     normalizer: str
     num_probes: int
     joint: bool
@@ -48,7 +58,7 @@ class Setting:
     def fresh_along(self, params: Params, inner: PyTree, *, slots: int, shadows: int):
         """Zero tangents for so many units, and shadows not yet drawn."""
         stacks = self.beside.tangents().init(params, inner, num_units=slots)
-        return records.init_along(stacks, params, inner, num_shadows=shadows)
+        return init_along(stacks, params, inner, num_shadows=shadows)
 
     def fresh_training_along(self, params: Params, inner: PyTree):
         """What goes along with training; nothing but a place for one tangent with `joint`."""
@@ -88,11 +98,11 @@ class Setting:
                 "fewer units or leaves, or store tangents in bfloat16."
             )
 
-    def step_of_training(self, rows, ids, num_rows, keys, live) -> records.TracedStep:
+    def step_of_training(self, rows, ids, num_rows, keys, live) -> TracedStep:
         """A step of the run itself."""
         units = self.table.of_examples(ids)
         slots = self.table.slots(units)
-        return records.TracedStep(
+        return TracedStep(
             rows=rows,
             weights=(ids >= 0).astype(jnp.float32),
             num_rows=num_rows,
@@ -102,17 +112,17 @@ class Setting:
             drawable=(slots >= 0) & live[slots],
         )
 
-    def step_again(self, row: records.Segment) -> records.TracedStep:
+    def step_again(self, row: records.Segment) -> TracedStep:
         """A logged step as one of training."""
         ids = jnp.asarray(row.ids)
         live = jnp.ones((self.table.num_slots,), bool)
         return self.step_of_training(row.rows, ids, row.num_rows, self._logged_keys(row), live)
 
-    def step_of_log(self, row: records.Segment) -> records.TracedStep:
+    def step_of_log(self, row: records.Segment) -> TracedStep:
         """A logged step whose rows at weight zero, which trained, are the forget set in slot 0."""
         ids = jnp.asarray(row.ids)
         kept = (ids >= 0) & (row.weights != 0)
-        return records.TracedStep(
+        return TracedStep(
             rows=row.rows,
             weights=(ids >= 0).astype(jnp.float32),
             num_rows=row.num_rows,
@@ -161,17 +171,17 @@ def make_add_step(setting: Setting):
                 participation=record.participation._replace(status=status),
                 log=record.log._replace(step_ids=step_ids),
                 along=along._replace(
-                    slot_is_live=is_live, shadows=records.end_shadows(clear(along.shadows))
+                    slot_is_live=is_live, shadows=end_shadows(clear(along.shadows))
                 ),
             )
             return params, UnlearnerState(inner, record), {"status": failure}
 
         return add_step
 
-    cleared = jax.jit(records.without_states)
+    cleared = jax.jit(without_states)
 
     def clear_once(shadows):
-        over = bool(jnp.all(shadows.shadow_units == records.ENDED))
+        over = bool(jnp.all(shadows.shadow_units == ENDED))
         return shadows if over else cleared(shadows)
 
     return assembled(changes, lambda shadows: shadows), assembled(jax.jit(changes), clear_once)
@@ -297,7 +307,7 @@ class Routes:
         )
         return along, (params, inner), int(np.sum(bad.non_finite_rows))
 
-    def add_tangent(self, params, state: UnlearnerState, along: records.Along, examples):
+    def add_tangent(self, params, state: UnlearnerState, along: Along, examples):
         """The state moved by the tangent in slot 0, its log without these examples."""
         gone = np.union1d(records.forgotten_ids(state.record.participation), examples)
         log = jax.tree.map(jnp.asarray, records.without(state.record.log, gone))

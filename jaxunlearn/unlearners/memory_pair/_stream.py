@@ -15,7 +15,17 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxunlearn import tree
 from jaxunlearn.kernels import lbfgs
-from jaxunlearn.records.burials import (
+from jaxunlearn.records import (
+    Segment,
+    StepLog,
+    drop_after,
+    observe,
+    read_slot,
+    take_checkpoint,
+    write_step,
+)
+from jaxunlearn.types import Batch, Params, Status, UnlearnerState
+from jaxunlearn.unlearners.memory_pair._burials import (
     bury_traced,
     count_ids,
     each_once,
@@ -23,8 +33,7 @@ from jaxunlearn.records.burials import (
     slot_before,
     uses,
 )
-from jaxunlearn.records.checkpoints import drop_after, read_slot, take_checkpoint
-from jaxunlearn.records.events import (
+from jaxunlearn.unlearners.memory_pair._events import (
     Event,
     EventKind,
     Outcome,
@@ -32,11 +41,7 @@ from jaxunlearn.records.events import (
     StreamOutput,
     StreamState,
 )
-from jaxunlearn.records.log import StepLog, write_step
-from jaxunlearn.records.online import Twins, relative_gap, twins_of
-from jaxunlearn.records.participation import observe
-from jaxunlearn.records.replay import Segment
-from jaxunlearn.types import Batch, Params, Status, UnlearnerState
+from jaxunlearn.unlearners.memory_pair._online import Twins, relative_gap, twins_of
 
 MAX_INFLUENCE = 0.5
 """The largest relative move that is believed of a first-order counterfactual."""

@@ -7,8 +7,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxunlearn import errors
-from jaxunlearn.records.ids import show_ids, validate_ids
-from jaxunlearn.records.participation import check_num_examples
+from jaxunlearn.records import check_num_examples, show_ids, validate_ids
 
 
 class Units:

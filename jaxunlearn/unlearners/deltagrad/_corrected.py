@@ -11,14 +11,23 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxunlearn import kernels, tree
 from jaxunlearn.progress import progress
-from jaxunlearn.records.checkpoints import Checkpoints, rewrite_slot
-from jaxunlearn.records.deletion import Plan
-from jaxunlearn.records.ids import bucket
-from jaxunlearn.records.log import AnyArray, set_settings
-from jaxunlearn.records.replay import Penalty, wrapped_update
-from jaxunlearn.records.rows import RowReader
-from jaxunlearn.records.trajectory import Trajectory, read_trajectory, write_trajectory
+from jaxunlearn.records import (
+    Checkpoints,
+    Penalty,
+    Plan,
+    RowReader,
+    bucket,
+    rewrite_slot,
+    set_settings,
+    wrapped_update,
+)
+from jaxunlearn.records.log import AnyArray
 from jaxunlearn.types import Batch, LossFn, Params
+from jaxunlearn.unlearners.deltagrad._trajectory import (
+    Trajectory,
+    read_trajectory,
+    write_trajectory,
+)
 
 _rewrite = jax.jit(rewrite_slot, donate_argnums=0)
 _FEWEST_ROWS = 8  # places for the rows that go, so that small requests share one trace

@@ -15,8 +15,14 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxunlearn import kernels, tree
-from jaxunlearn.records.log import set_settings
-from jaxunlearn.records.replay import Penalty, Segment, StepFlags, wrapped_update
+from jaxunlearn.records import (
+    Penalty,
+    Segment,
+    StepFlags,
+    loop_over_steps,
+    set_settings,
+    wrapped_update,
+)
 from jaxunlearn.types import Batch, LossFn, Params
 
 NOT_MEASURED = -1.0
@@ -267,30 +273,21 @@ class Lockstep:
     def run(self, step_of: Callable[[Segment], TracedStep]):
         """A function (params, inner, along, segment, num_active) -> the same after the segment."""
 
-        def one(params, inner, along, row: Segment):
+        def one(pair, inner, row: Segment):
+            params, along = pair
             inner = set_settings(inner, row.settings)
             step = step_of(row)
             grads, info, extra = self.gradient(params, step)
             flags = StepFlags(~tree.all_finite(grads), info.num_non_finite)
             after = self._applied(grads, inner, params, extra)
             along = self.go_along(along, (params, inner), after, grads, step, extra)
-            return *after, along, flags
+            return (after[0], along), after[1], flags
+
+        loop = loop_over_steps(one)
 
         def segment(params, inner, along, segment: Segment, num_active):
-            length = segment.ids.shape[0]
-            at = lambda i: jax.tree.map(lambda leaf: leaf[i], segment)
-            if length == 1:
-                *state, bad = one(params, inner, along, at(0))
-                return *state, jax.tree.map(lambda leaf: leaf[None], bad)
-
-            def body(i, carry):
-                params, inner, along, flags = carry
-                params, inner, along, bad = one(params, inner, along, at(i))
-                put = lambda all, one: all.at[i].set(one)
-                return params, inner, along, jax.tree.map(put, flags, bad)
-
-            flags = StepFlags(jnp.zeros((length,), bool), jnp.zeros((length,), jnp.int32))
-            return jax.lax.fori_loop(0, num_active, body, (params, inner, along, flags))
+            (params, along), inner, flags = loop((params, along), inner, segment, num_active)
+            return params, inner, along, flags
 
         return segment
 

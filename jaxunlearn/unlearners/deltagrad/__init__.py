@@ -17,6 +17,29 @@ from jaxunlearn.types import (
     Unlearner,
     UnlearnerState,
 )
+from jaxunlearn.unlearners.deltagrad._cached_runs import (
+    CachedRun,
+    check_cached_run,
+    make_cached_run,
+)
+from jaxunlearn.unlearners.deltagrad._corrected import (
+    CorrectedSteps,
+    GoneRows,
+    StepRows,
+    make_corrected,
+    make_corrected_segment,
+    reads_loss,
+    run_corrected,
+)
+from jaxunlearn.unlearners.deltagrad._trajectory import (
+    Trajectory,
+    check_trajectory_bytes,
+    init_trajectory,
+    trajectory_bytes,
+    write_trajectory,
+)
+
+__all__ = ["DeltaGradRecord", "deltagrad", "trajectory_bytes"]
 
 PAPER = "Wu, Dobriban and Davidson 2020, DeltaGrad (ICML 2020, arXiv 2006.14755)"
 
@@ -32,7 +55,7 @@ class DeltaGradRecord(NamedTuple):
     participation: records.Participation
     log: records.StepLog
     checkpoints: records.Checkpoints
-    trajectory: records.Trajectory
+    trajectory: Trajectory
     delta_pairs: kernels.lbfgs.LBFGSMemory
     delta_first: Int[Array, ""]
     foretold_steps: Bool[Array, "steps"]
@@ -83,7 +106,8 @@ def deltagrad(
       settle: exact steps at the end, >= 0: the optimizer's state remembers the last gradients only.
       memory: pairs, >= 1.
       normalizer: "kept" divides by the rows left, as retraining on the smaller data set (the
-        paper's) does; "batch" by the rows scheduled. Give the same to `oracle`.
+        paper's) does: hence a default that is not `replay`'s; "batch" by the rows scheduled. Give
+        the same to `oracle`.
       l2: adds `l2 * params` where `l2_mask` is true, at w' and so without error; None adds nothing.
       if_nonconvex: "exact" takes an exact step where the last pair had no positive curvature, or
         the correction is beyond the smoothness that the pairs measured; "ignore" trusts B always.
@@ -96,7 +120,7 @@ def deltagrad(
       progress: None shows a bar in a terminal.
 
     Returns:
-      An `Unlearner`. The trajectory takes `records.trajectory_bytes(params, max_steps)`: two
+      An `Unlearner`. The trajectory takes `trajectory_bytes(params, max_steps)`: two
       parameter counts a step.
 
     Cost: `update` copies params and gradient. `forget`: one gradient an exact step, that of the
@@ -130,14 +154,14 @@ def deltagrad(
     all_exact = period == 1
     penalty = records.Penalty(l2, l2_mask)
     inner_update = records.wrapped_update(tx, penalty)
-    steps = records.make_corrected(
+    steps = make_corrected(
         tx, loss_fn, normalizer=normalizer, penalty=penalty,
         learns=not all_exact, guarded=if_nonconvex == "exact",
     )  # fmt: skip
-    compiled = records.CorrectedSteps(*map(jax.jit, steps))
+    compiled = CorrectedSteps(*map(jax.jit, steps))
     is_due = lambda since: (since < burn_in) | ((since - burn_in) % period == 0)
-    write = jax.jit(records.write_trajectory, donate_argnums=0)
-    tools = records.make_cached_run(steps, loss_fn, normalizer=normalizer)
+    write = jax.jit(write_trajectory, donate_argnums=0)
+    tools = make_cached_run(steps, loss_fn, normalizer=normalizer)
     recorder = records.Recorder(
         "deltagrad", DeltaGradRecord, loss_fn,
         num_examples=num_examples, batch_size=batch_size, max_steps=max_steps,
@@ -146,11 +170,11 @@ def deltagrad(
     seconds_per_step: list[float] = []
 
     def init(params):
-        records.check_trajectory_bytes(params, max_steps, storage_dtype, max_bytes)
+        check_trajectory_bytes(params, max_steps, storage_dtype, max_bytes)
         inner = tree.copy(optax.with_extra_args_support(tx).init(params))
         record = DeltaGradRecord(
             *recorder.start(params, inner),
-            trajectory=records.init_trajectory(params, max_steps, storage_dtype=storage_dtype),
+            trajectory=init_trajectory(params, max_steps, storage_dtype=storage_dtype),
             delta_pairs=kernels.lbfgs.init(params, memory),
             delta_first=jnp.full((), -1, jnp.int32),
             foretold_steps=jnp.zeros((max_steps,), bool),
@@ -161,7 +185,7 @@ def deltagrad(
         del batch
         record = recorder.note(updates, opt_state, params, ids, key, extra)
         step = opt_state.record.participation.num_steps
-        trajectory = records.write_trajectory(record.trajectory, step, params, updates)
+        trajectory = write_trajectory(record.trajectory, step, params, updates)
         updates, inner = inner_update(updates, opt_state.inner, params, **extra)
         return updates, UnlearnerState(inner, record._replace(trajectory=trajectory))
 
@@ -171,13 +195,13 @@ def deltagrad(
         segment, ids = window.segment, window.segment.ids
         kept = jnp.where(ids >= 0, segment.weights, 0).astype(jnp.float32)
         gone = ((ids >= 0) & (segment.weights == 0)).astype(jnp.float32)
-        step_rows = records.StepRows(
+        step_rows = StepRows(
             *(rows, ids, kept), *(rows, ids, gone), jnp.sum(kept, axis=1),
             segment.num_rows, segment.keys, segment.settings,
         )  # fmt: skip
         carry = (params, state.inner, record.delta_pairs, record.trajectory, record.delta_first)
-        always = all_exact or records.reads_loss(tx, params, state.inner)
-        run = records.make_corrected_segment(steps, is_due, always=always)
+        always = all_exact or reads_loss(tx, params, state.inner)
+        run = make_corrected_segment(steps, is_due, always=always)
         settled = jnp.sum(record.log.step_num_rows >= 0) - settle
         spoilt = window.of(record.log.step_non_finite) | (window.cursor >= settled)
         carry, told, bad = run(carry, step_rows, spoilt, begin, window.active)
@@ -193,10 +217,10 @@ def deltagrad(
         """The run to take up again, and which of its steps are exact by schedule."""
         record = opt_state.record
         plan = records.plan_deletion(record, ids)
-        needs_loss = records.reads_loss(tx, params, opt_state.inner)
+        needs_loss = reads_loss(tx, params, opt_state.inner)
         plan = plan._replace(first=plan.start if needs_loss else plan.first)
         foretold = np.array(jax.device_get(record.foretold_steps))
-        run = records.CachedRun(plan, record.checkpoints, record.trajectory, foretold, needs_loss)
+        run = CachedRun(plan, record.checkpoints, record.trajectory, foretold, needs_loss)
         at = np.arange(plan.first, plan.stop)
         due = is_due(at - plan.first) | needs_loss | all_exact | (at >= plan.stop - settle)
         return run, due | plan.log.step_non_finite[plan.first : plan.stop]
@@ -212,13 +236,11 @@ def deltagrad(
         verified: dict[str, Any] = {"verified": "no"}
         if verify == "report":
             distance = tools.check(run, start, given, reader, request.ids if all_exact else ())
-            records.check_cached_run(
-                distance, verify_tolerance, run.trajectory, recorder.extras_seen
-            )
+            check_cached_run(distance, verify_tolerance, run.trajectory, recorder.extras_seen)
             verified = {"verified": "within tolerance", "replay_distance": distance}
-        gone = records.GoneRows(request.ids, run.plan, reader, wanted=not all_exact)
+        gone = GoneRows(request.ids, run.plan, reader, wanted=not all_exact)
         begin = (*start, kernels.lbfgs.init(params, memory), tree.copy(run.trajectory))
-        (*reached, _, trajectory), checkpoints, met = records.run_corrected(
+        (*reached, _, trajectory), checkpoints, met = run_corrected(
             compiled, write, begin, gone, reader, due, run.plan, run.checkpoints, show=progress
         )
         if not bool(tree.all_finite(reached[0])):

@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxunlearn.records.checkpoints import drop_after
-from jaxunlearn.records.log import StepLog
-from jaxunlearn.records.participation import Participation
+from jaxunlearn.records import Participation, StepLog, drop_after
 from jaxunlearn.types import Status
 
 

@@ -34,6 +34,9 @@ from jaxunlearn.types import (
     Unlearner,
     UnlearnerState,
 )
+from jaxunlearn.unlearners.newton._iterates import check_solution, last_iterate, pack_float64, widen
+
+__all__ = ["NewtonRecord", "newton"]
 
 DEFAULT_NOISE_STDDEV = 0.01
 PAPER = "Guo et al. 2020, arXiv 1911.03030; Sekhari et al. 2021, arXiv 2103.03279"
@@ -208,27 +211,27 @@ def newton(
         few = jax.tree.map(lambda leaf: leaf[batch.weights > 0][:8], batch.rows)
         kernels.check_loss(loss_fn, params, few)
         with jax.enable_x64(True):
-            kernels.check_float64(loss_fn, *records.widen((params, few)))
+            kernels.check_float64(loss_fn, *widen((params, few)))
         loss_checked.append(True)
 
     def take(params, record, batch):
         with jax.enable_x64(True):
-            wide = records.widen(tuple(batch))
-            start = records.last_iterate(params, record.iterate_words, record.release_digest)
-            start = records.widen(start)
+            wide = widen(tuple(batch))
+            start = last_iterate(params, record.iterate_words, record.release_digest)
+            start = widen(start)
             moved, solution = take_step(start, *wide)
             for _ in range(num_steps - 1):
-                records.check_solution(solution, moved)
+                check_solution(solution, moved)
                 moved, solution = refine(moved, *wide)
-            records.check_solution(solution, moved)
+            check_solution(solution, moved)
             measured = jax.device_get(measure(start, moved, *wide))
         figures = kernels.RemovalFigures(*(leaf.item() for leaf in measured))
-        return records.flatten(moved), figures, int(solution.num_iterations)
+        return tree.flatten(moved), figures, int(solution.num_iterations)
 
     def feature_norm(batch):
         with jax.enable_x64(True):
             present = (batch.ids >= 0).astype(np.float64)
-            gram = jax.device_get(gram_of(*records.widen((batch.rows, present))))
+            gram = jax.device_get(gram_of(*widen((batch.rows, present))))
         return accounting.spectral_norm_bound(gram, num_rows=num_examples)
 
     def forget(params, opt_state, ids, *, data=None, requester=None):
@@ -260,7 +263,7 @@ def newton(
         release = accounting.add_grid_noise(
             flat, noise_stddev=stddev, sensitivity=bound.distance, entropy=entropy
         )
-        new_params = records.unflatten(release.values, params)
+        new_params = tree.unflatten(release.values, params)
         inner = remade_inner(new_params, reader, batch, opt_state)
         new_state = UnlearnerState(
             inner=tree.match_weak_types(inner, opt_state.inner),
@@ -322,7 +325,7 @@ def _check_options(loss_fn, l2, noise_stddev, worst_case, linear_model, num_step
 def _next_record(record, ids, flat, new_params, charge) -> NewtonRecord:
     return NewtonRecord(
         participation=records.bury(record.participation, ids),
-        iterate_words=records.pack_float64(flat),
+        iterate_words=pack_float64(flat),
         release_digest=jnp.asarray(np.frombuffer(tree.digest_bytes(new_params), np.uint8)),
         spent_units=jnp.asarray(charge.spent_units, jnp.int32),
         num_releases=record.num_releases + 1,

@@ -18,29 +18,6 @@ def unpack_float64(words: UInt32[Array, "p 2"]) -> Float64[np.ndarray, "p"]:
     return np.ascontiguousarray(jax.device_get(words), "<u4").view("<f8").ravel()
 
 
-def flatten(params: PyTree) -> Float64[np.ndarray, "p"]:
-    """All leaves of `params` in one float64 vector, in tree order, on the host."""
-    leaves = [np.ravel(jax.device_get(leaf)) for leaf in jax.tree.leaves(params)]
-    return np.concatenate([np.asarray(leaf, np.float64) for leaf in leaves])
-
-
-def split(flat: Float64[np.ndarray, "p"], like: PyTree) -> PyTree:
-    """A flat vector as float64 NumPy leaves shaped like `like`."""
-    leaves, structure = jax.tree.flatten(like)
-    ends = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
-    parts = np.split(np.asarray(flat), ends)
-    shaped = [part.reshape(np.shape(leaf)) for part, leaf in zip(parts, leaves, strict=True)]
-    return jax.tree.unflatten(structure, shaped)
-
-
-def unflatten(flat: Float64[np.ndarray, "p"], like: PyTree) -> PyTree:
-    """A flat vector in the shapes, dtypes and weak types of `like`."""
-    cast = jax.tree.map(
-        lambda part, leaf: jnp.asarray(part, jnp.result_type(leaf)), split(flat, like), like
-    )
-    return tree.match_weak_types(cast, like)
-
-
 def widen(arrays: PyTree) -> PyTree:
     """Inexact leaves in float64; call it under `jax.enable_x64(True)`."""
 
@@ -58,7 +35,7 @@ def last_iterate(
     release_digest: of the parameters last released; that of nothing where there was no release.
     """
     if tree.digest_bytes(params) == np.asarray(release_digest).tobytes():
-        return split(unpack_float64(words), params)
+        return tree.split(unpack_float64(words), params)
     return params
 
 

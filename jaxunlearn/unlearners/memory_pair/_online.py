@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from jaxunlearn import kernels, tree
-from jaxunlearn.records.replay import (
+from jaxunlearn.records import (
     Penalty,
     Segment,
     StepFlags,

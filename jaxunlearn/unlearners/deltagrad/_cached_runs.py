@@ -9,13 +9,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxunlearn import errors, kernels, tree
-from jaxunlearn.records.checkpoints import Checkpoints, read_slot
-from jaxunlearn.records.corrected import CorrectedSteps
-from jaxunlearn.records.deletion import Plan, as_given
-from jaxunlearn.records.log import StepLog
-from jaxunlearn.records.rows import RowReader
-from jaxunlearn.records.trajectory import Trajectory, read_trajectory
+from jaxunlearn.records import Checkpoints, Plan, RowReader, StepLog, as_given, read_slot
 from jaxunlearn.types import LossFn, Params
+from jaxunlearn.unlearners.deltagrad._corrected import CorrectedSteps
+from jaxunlearn.unlearners.deltagrad._trajectory import Trajectory, read_trajectory
 
 
 class CachedRun(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Int, PyTree
 
-from jaxunlearn import tree
+from jaxunlearn import errors, tree
 from jaxunlearn.types import Params
 
 
@@ -41,11 +41,11 @@ def check_trajectory_bytes(
     """Refuse a trajectory of more than `max_bytes`, before training.
 
     Raises:
-      ValueError: with its size.
+      RecordTooLargeError: with its size.
     """
     size = trajectory_bytes(params, max_steps, storage_dtype=storage_dtype)
     if max_bytes is not None and size > max_bytes:
-        raise ValueError(
+        raise errors.RecordTooLargeError(
             f"Expected a trajectory of at most max_bytes={max_bytes}, got {size} bytes: parameters "
             f"and gradient of {max_steps} steps. Raise max_bytes, or use unlearners.replay."
         )
