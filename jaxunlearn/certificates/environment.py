@@ -1,5 +1,6 @@
 """Where a deletion ran: versions, devices and switches that change floating-point results."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -37,8 +38,9 @@ def _setting(name):
     return getattr(jax.config, name)
 
 
+@functools.cache
 def _version(package):
-    """A package's version, or that it is not installed as a package."""
+    """A package's version, or that it is not installed as a package; read from disk once."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -49,13 +49,12 @@ from jaxunlearn.records.replay import (
     without,
     wrapped_update,
 )
-from jaxunlearn.records.rows import AllRows, RowReader, all_rows
+from jaxunlearn.records.rows import RowReader
 from jaxunlearn.records.rules import as_driven, as_fresh, register_state
 from jaxunlearn.records.states import check_params, check_state, check_update
 from jaxunlearn.records.window import Window, finished, passed, run_window, window_of
 
 __all__ = [
-    "AllRows",
     "Checkpoints",
     "Participation",
     "Penalty",
@@ -69,7 +68,6 @@ __all__ = [
     "StepLog",
     "Window",
     "after_deletion",
-    "all_rows",
     "as_driven",
     "as_fresh",
     "as_given",

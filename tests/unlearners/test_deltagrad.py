@@ -382,7 +382,7 @@ def test_a_trajectory_beyond_max_bytes_is_refused_before_training():
     assert size == 2 * 4 * 1024 * (STEPS + 1)
     assert unlearners.trajectory_bytes(params, 10, storage_dtype=jnp.bfloat16) == 6 * 1024 * 10
     make(optax.sgd(0.1), max_bytes=size).init(params)
-    with pytest.raises(ValueError, match=f"max_bytes={size - 1}, got {size} bytes"):
+    with pytest.raises(errors.RecordTooLargeError, match=f"max_bytes={size - 1}, got {size} bytes"):
         make(optax.sgd(0.1), max_bytes=size - 1).init(params)
 
 

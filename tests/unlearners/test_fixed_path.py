@@ -272,6 +272,7 @@ def test_a_key_whose_words_do_not_say_how_to_use_it_is_refused():
         ({"verify": "maybe"}, "verify"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_checkpoints": True}, "num_checkpoints=True"),
+        ({"l2": -1.0}, "l2=-1.0"),
     ],
     ids=str,
 )

@@ -290,6 +290,12 @@ def test_steps_beyond_the_run_do_nothing():
     assert differing((params, state.inner), (run().params, run().state.inner)) == []
 
 
+def test_rows_at_weight_zero_leave_the_log_as_those_that_are_not_passed():
+    operands = cases.run_with_the_rows(run(), [3, 5])
+    _, state, _ = jax.jit(run().problem.unlearner.forget_step)(*operands)
+    assert differing(state.record.log, run().forgotten.opt_state.record.log) == []
+
+
 # --- a run that diverges -----------------------------------------------------------------------
 
 

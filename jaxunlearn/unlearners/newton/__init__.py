@@ -35,11 +35,12 @@ from jaxunlearn.types import (
     UnlearnerState,
 )
 from jaxunlearn.unlearners.newton._iterates import check_solution, last_iterate, pack_float64, widen
+from jaxunlearn.unlearners.newton._promises import measurements, promise
+from jaxunlearn.unlearners.newton._rows import all_rows
 
 __all__ = ["NewtonRecord", "newton"]
 
 DEFAULT_NOISE_STDDEV = 0.01
-PAPER = "Guo et al. 2020, arXiv 1911.03030; Sekhari et al. 2021, arXiv 2103.03279"
 
 
 class NewtonRecord(NamedTuple):
@@ -241,7 +242,7 @@ def newton(
             return Forgotten(params, opt_state, ForgetInfo.of("newton", request))
         with show_progress("forgetting", 3, show=progress) as advance:
             reader = records.RowReader(data)
-            batch = records.all_rows(reader, record.participation, ids, num_examples)
+            batch = all_rows(reader, record.participation, ids, num_examples)
             check_once(params, batch)
             advance(1)
             flat, figures, iterations = take(params, record, batch)
@@ -271,10 +272,10 @@ def newton(
         )
         return certificates.concluded(
             request, (params, opt_state), (new_params, new_state),
-            _measurements(figures, bound, iterations, stddev, charge),
+            measurements(figures, bound, iterations, stddev, charge),
             epsilon=budget.epsilon, delta=budget.delta, prior_mu=charge.prior_mu,
             releases_covered=int(new_state.record.num_releases),
-            **_promise(bound, release, rebuild),
+            **promise(bound, release, rebuild),
         )  # fmt: skip
 
     terms: dict[str, Any] = {
@@ -330,61 +331,3 @@ def _next_record(record, ids, flat, new_params, charge) -> NewtonRecord:
         spent_units=jnp.asarray(charge.spent_units, jnp.int32),
         num_releases=record.num_releases + 1,
     )
-
-
-def _promise(bound, release, rebuild: records.Rebuild | None) -> dict[str, Any]:
-    """The fields of the certificate that say what is promised, and what is not."""
-    remade = {"public rebuild": rebuild.assumption} if rebuild else {}
-    excluded = [name for name in _EXCLUDED if not (rebuild and name == "optimizer state")]
-    return {
-        "method": "newton",
-        "paper": PAPER,
-        "target": "minimiser",
-        "guarantee": "certified",
-        "scope": "full-state" if rebuild else "params",
-        "sensitivity": certificates.Sensitivity(
-            value=bound.distance, status=bound.status, text=bound.text
-        ),
-        "noise": certificates.Noise(
-            stddev=release.noise_stddev,
-            grid=release.grid,
-            mechanism=certificates.DISCRETE_GAUSSIAN,
-            rng=release.rng,
-        ),
-        "dimension": release.values.size,
-        "residuals": bound.terms,
-        "assumptions": (
-            *certificates.assumed(*_ASSUMED, **bound.assumptions, **remade),
-            *certificates.measured("data-dependent bound", "arithmetic"),
-        ),
-        "not_covered": certificates.excluded(*excluded),
-    }
-
-
-_ASSUMED = (
-    *("convexity", "rows unchanged", "oblivious requests", "public settings"),
-    *("one lineage", "secret record"),
-)
-_EXCLUDED = (
-    "earlier models",
-    "optimizer state",
-    "preparation",
-    "copies",
-    "adaptive requests",
-    "other rows",
-    "this page",
-)
-
-
-def _measurements(figures, bound, iterations, stddev, charge) -> dict[str, Any]:
-    return {
-        "residual_bound": bound.residual,
-        "true_residual": figures.final_residual,
-        "distance_bound": bound.distance,
-        "start_residual": figures.start_residual,
-        "solver_iterations": iterations,
-        "noise_stddev": stddev,
-        "budget_spent": charge.spent_units / accounting.BUDGET_UNITS,
-        "num_non_finite_rows": figures.num_non_finite,
-        **{f"bound_{name}": value for name, value in bound.terms.items()},
-    }
