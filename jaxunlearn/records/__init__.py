@@ -10,7 +10,7 @@ from jaxunlearn.records.checkpoints import (
     rewrite_slot,
     take_checkpoint,
 )
-from jaxunlearn.records.deletion import Plan, Rerun, after_deletion, as_given, plan_deletion
+from jaxunlearn.records.deletion import DeletionPlan, Rerun, after_deletion, as_given, plan_deletion
 from jaxunlearn.records.ids import bucket, show_ids, validate_ids
 from jaxunlearn.records.log import (
     StepLog,
@@ -56,9 +56,9 @@ from jaxunlearn.records.window import Window, finished, passed, run_window, wind
 
 __all__ = [
     "Checkpoints",
+    "DeletionPlan",
     "Participation",
     "Penalty",
-    "Plan",
     "Rebuild",
     "Recorder",
     "Rerun",

@@ -16,12 +16,13 @@ from jaxunlearn.records.checkpoints import (
     rewrite_slot,
 )
 from jaxunlearn.records.log import StepLog, get_settings, set_settings
+from jaxunlearn.records.options import check_integers
 from jaxunlearn.records.participation import bury
 from jaxunlearn.records.replay import StepFlags, default_segment_length, run_log, without
 from jaxunlearn.records.rows import RowReader
 
 
-class Plan(NamedTuple):
+class DeletionPlan(NamedTuple):
     """What a deletion has to run again.
 
     log, kept: the step log on the host, and the same without the ids.
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
         return ids[ids >= 0]
 
 
-def plan_deletion(record: Any, ids: np.ndarray) -> Plan:
+def plan_deletion(record: Any, ids: np.ndarray) -> DeletionPlan:
     """The plan for ids that the log of `record` holds; host work."""
     log = jax.device_get(record.log)
     first = int(np.argmax(np.isin(log.step_ids, ids).any(axis=1)))
@@ -53,7 +54,7 @@ def plan_deletion(record: Any, ids: np.ndarray) -> Plan:
     taken = np.asarray(jax.device_get(record.checkpoints.checkpoint_steps))
     later = {int(step): i for i, step in enumerate(taken) if step > start}
     stop = int(record.participation.num_steps)
-    return Plan(log, without(log, ids), slot, start, first, stop, later)
+    return DeletionPlan(log, without(log, ids), slot, start, first, stop, later)
 
 
 class Rerun:
@@ -66,17 +67,19 @@ class Rerun:
     """
 
     def __init__(self, segment, *, segment_length: int | None = None, show: bool | None = None):
+        if segment_length is not None:
+            check_integers(segment_length=segment_length)
         self._run, self._rewrite = jax.jit(segment), jax.jit(rewrite_slot, donate_argnums=0)
         self._length, self._show = segment_length, show
         self.seconds_per_step: float | None = None
         """Of the last run."""
 
-    def unchanged(self, plan: Plan, checkpoints: Checkpoints, reader: RowReader):
+    def unchanged(self, plan: DeletionPlan, checkpoints: Checkpoints, reader: RowReader):
         """(params, inner) where the recorded steps lead as they are."""
         return self(plan.log, plan, read_slot(checkpoints, plan.slot), reader, label="verifying")[0]
 
     def without(
-        self, plan: Plan, checkpoints: Checkpoints, reader: RowReader
+        self, plan: DeletionPlan, checkpoints: Checkpoints, reader: RowReader
     ) -> tuple[tuple[PyTree, PyTree], StepFlags, Checkpoints]:
         """(params, inner) where they lead without the ids, what was met, and its checkpoints."""
         start = read_slot(checkpoints, plan.slot)
@@ -85,7 +88,7 @@ class Rerun:
     def __call__(
         self,
         log: StepLog,
-        plan: Plan,
+        plan: DeletionPlan,
         start: tuple[PyTree, PyTree],
         reader: RowReader,
         *,
@@ -130,7 +133,7 @@ def as_given(reached: tuple[PyTree, PyTree], given: tuple[PyTree, PyTree]):
 def after_deletion(
     record: Any,
     ids: np.ndarray,
-    plan: Plan,
+    plan: DeletionPlan,
     checkpoints: Checkpoints,
     since: int = 0,
     non_finite: Any = (),

@@ -93,8 +93,6 @@ def replay(
     records.check_choices(
         normalizer=(normalizer, ("batch", "kept")), verify=(verify, ("report", "bitwise", "off"))
     )
-    if segment_length is not None:
-        records.check_integers(segment_length=segment_length)
     penalty = records.Penalty(l2, l2_mask)
     inner_update = records.wrapped_update(tx, penalty)
     segment = records.make_segment(tx, loss_fn, normalizer=normalizer, penalty=penalty)

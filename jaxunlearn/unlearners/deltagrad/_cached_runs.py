@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxunlearn import errors, kernels, tree
-from jaxunlearn.records import Checkpoints, Plan, RowReader, StepLog, as_given, read_slot
+from jaxunlearn.records import Checkpoints, DeletionPlan, RowReader, StepLog, as_given, read_slot
 from jaxunlearn.types import LossFn, Params
 from jaxunlearn.unlearners.deltagrad._corrected import CorrectedSteps
 from jaxunlearn.unlearners.deltagrad._trajectory import Trajectory, read_trajectory
@@ -23,7 +23,7 @@ class CachedRun(NamedTuple):
       are then taken up at the checkpoint.
     """
 
-    plan: Plan
+    plan: DeletionPlan
     checkpoints: Checkpoints
     trajectory: Trajectory
     foretold_steps: np.ndarray

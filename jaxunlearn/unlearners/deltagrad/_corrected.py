@@ -13,8 +13,8 @@ from jaxunlearn import kernels, tree
 from jaxunlearn.progress import progress
 from jaxunlearn.records import (
     Checkpoints,
+    DeletionPlan,
     Penalty,
-    Plan,
     RowReader,
     bucket,
     rewrite_slot,
@@ -244,7 +244,7 @@ class GoneRows:
       wanted: False reads nothing, and hands out zeros.
     """
 
-    def __init__(self, ids, plan: Plan, reader: RowReader, *, wanted: bool = True):
+    def __init__(self, ids, plan: DeletionPlan, reader: RowReader, *, wanted: bool = True):
         self._ids, self._log = ids, plan.log
         used = np.isin(plan.log.step_ids[plan.first : plan.stop], ids)
         most = max(int(used.sum(axis=1).max()), _FEWEST_ROWS)
@@ -282,7 +282,7 @@ def run_corrected(
     gone: GoneRows,
     reader: RowReader,
     due: np.ndarray,
-    plan: Plan,
+    plan: DeletionPlan,
     checkpoints: Checkpoints,
     *,
     label: str = "forgetting",
