@@ -120,7 +120,7 @@ def deltagrad(
       progress: None shows a bar in a terminal.
 
     Returns:
-      An `Unlearner`. The trajectory takes `trajectory_bytes(params, max_steps)`: two
+      An `Unlearner`. The trajectory takes `unlearners.trajectory_bytes(params, max_steps)`: two
       parameter counts a step.
 
     Cost: `update` copies params and gradient. `forget`: one gradient an exact step, that of the

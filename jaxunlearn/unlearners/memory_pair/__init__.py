@@ -141,9 +141,9 @@ def memory_pair(
         `unlearners.replay`; "paper" and "drop_pair" verify nothing.
 
     Returns:
-      An `Unlearner` with the attribute `stream`, a `Stream`. `forget_step` takes, for
-      "replay", a segment of steps as `unlearners.replay` does; for "tangent" one whose ids are in
-      place, with weight 0 for rows to go; else the rows (b, ...) to go, with weight 1. That one
+      An `Unlearner` with the attribute `stream`, an `unlearners.Stream`. `forget_step` takes,
+      for "replay", a segment of steps as `unlearners.replay` does; for "tangent" one whose ids are
+      in place, with weight 0 for rows to go; else the rows (b, ...) to go, with weight 1. That one
       is a deletion like those of `forget`, noted and charged, and does not look whether anything
       is left. It is poisoned, with a status, where an id was forgotten already or never seen, and
       where capacity or sensitivity are exceeded.
