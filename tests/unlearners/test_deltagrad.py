@@ -167,7 +167,7 @@ def test_a_batch_that_loses_all_its_rows_takes_a_step_without_gradient(x64):
     assert gap(result.params, oracle_of(tx, state, gone)[0]) < 1e-11
     unlearner = make(tx, period=4, burn_in=5, if_nonconvex="ignore")
     result = unlearner.forget(params, state, gone, data=problem()[0])
-    w, _ = slow_deltagrad(gone, period=4, burn_in=5, memory=2, decay=0.9, rate=0.1)
+    w, _ = slow_deltagrad(gone, period=4, burn_in=5, memory_size=2, decay=0.9, rate=0.1)
     np.testing.assert_allclose(oracles.flat(result.params), w, rtol=0, atol=1e-11)
 
 
@@ -197,7 +197,7 @@ def dense_bfgs(pairs, scale):
     return matrix
 
 
-def slow_deltagrad(forget, *, period, burn_in, memory, decay, rate, earlier=()):
+def slow_deltagrad(forget, *, period, burn_in, memory_size, decay, rate, earlier=()):
     """DeltaGrad in NumPy with a dense B and momentum; `forget` are removed after `earlier`."""
     data, start = problem()
     row = lambda w, i: oracles.flat(
@@ -227,7 +227,7 @@ def slow_deltagrad(forget, *, period, burn_in, memory, decay, rate, earlier=()):
                 g = total(w, kept) / max(1, len(kept))
                 if np.linalg.norm(s) > 1e-12:
                     y = (total(w, kept) + total(w, gone)) / len(ids) - old_g
-                    pairs = [*pairs, (s, y)][-memory:]
+                    pairs = [*pairs, (s, y)][-memory_size:]
             else:
                 s, y = pairs[-1]
                 change = dense_bfgs(pairs, s @ y / (s @ s)) @ (w - old_w)
@@ -240,15 +240,15 @@ def slow_deltagrad(forget, *, period, burn_in, memory, decay, rate, earlier=()):
 
 
 @pytest.mark.parametrize(
-    ("memory", "decay"),
+    ("memory_size", "decay"),
     [
         (3, 0.9),
         *(pytest.param(*figures, marks=pytest.mark.slow) for figures in ((1, 0.9), (1, 0), (3, 0))),
     ],
 )
-def test_it_is_the_papers_algorithm_with_a_dense_matrix(x64, memory, decay):
+def test_it_is_the_papers_algorithm_with_a_dense_matrix(x64, memory_size, decay):
     tx = optax.chain(optax.trace(decay), optax.scale(-0.1))
-    schedule = {"period": 4, "burn_in": 5, "memory": memory}
+    schedule = {"period": 4, "burn_in": 5, "memory_size": memory_size}
     unlearner = make(tx, if_nonconvex="ignore", **schedule)
     params, state = train(unlearner)
     result = unlearner.forget(params, state, FORGET, data=problem()[0])
@@ -262,7 +262,7 @@ def test_it_is_the_papers_algorithm_with_a_dense_matrix(x64, memory, decay):
 @pytest.mark.slow
 def test_a_second_deletion_builds_on_the_corrected_run(x64):
     tx = optax.chain(optax.trace(0.5), optax.scale(-0.1))
-    schedule = {"period": 4, "burn_in": 5, "memory": 2}
+    schedule = {"period": 4, "burn_in": 5, "memory_size": 2}
     unlearner = make(tx, if_nonconvex="ignore", **schedule)
     params, state = train(unlearner)
     first = unlearner.forget(params, state, [4, 21], data=problem()[0])
@@ -415,7 +415,7 @@ def test_a_run_that_its_gradients_do_not_explain_is_refused(x64, what):
 @pytest.mark.parametrize(
     "options",
     [
-        {"period": 0}, {"burn_in": -1}, {"memory": 0}, {"normalizer": "mean"}, {"l2": -1.0},
+        {"period": 0}, {"burn_in": -1}, {"memory_size": 0}, {"normalizer": "mean"}, {"l2": -1.0},
         {"if_nonconvex": "pray"}, {"verify": "bitwise"}, {"storage_dtype": jnp.int8},
         {"period": True},
     ],
@@ -480,7 +480,7 @@ def test_it_reproduces_the_authors_run_on_mnist(x64, golden, data_root, l2_insid
 
     unlearner = unlearners.deltagrad(
         optax.sgd(lambda t: rates[t]), cross_entropy, num_examples=len(y), batch_size=size,
-        max_steps=80, period=5, burn_in=20, memory=2, l2=None if l2_inside else decay,
+        max_steps=80, period=5, burn_in=20, memory_size=2, l2=None if l2_inside else decay,
     )  # fmt: skip
     gradient, update = jax.jit(jax.grad(cross_entropy)), jax.jit(unlearner.update, donate_argnums=1)
     w = jnp.asarray(golden["w0"])

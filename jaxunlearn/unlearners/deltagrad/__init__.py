@@ -71,7 +71,7 @@ def deltagrad(
     period: int = 5,
     burn_in: int = 10,
     settle: int = 0,
-    memory: int = 2,
+    memory_size: int = 2,
     normalizer: str = "kept",
     l2: float | None = None,
     l2_mask: PyTree | None = None,
@@ -104,7 +104,7 @@ def deltagrad(
       period: every period-th step is exact, >= 1; with 1 all are: exact retraining.
       burn_in: exact steps from the first step that used a forgotten row on, >= 0.
       settle: exact steps at the end, >= 0: the optimizer's state remembers the last gradients only.
-      memory: pairs, >= 1.
+      memory_size: pairs, >= 1.
       normalizer: "kept" divides by the rows left, as retraining on the smaller data set (the
         paper's) does: hence a default that is not `replay`'s; "batch" by the rows scheduled. Give
         the same to `oracle`.
@@ -148,7 +148,7 @@ def deltagrad(
         verify=(verify, ("report", "off")),
         if_nonconvex=(if_nonconvex, ("exact", "ignore")),
     )
-    records.check_integers(period=period, memory=memory)
+    records.check_integers(period=period, memory_size=memory_size)
     records.check_integers(0, burn_in=burn_in, settle=settle)
     records.check_storage(storage_dtype)
     all_exact = period == 1
@@ -175,7 +175,7 @@ def deltagrad(
         record = DeltaGradRecord(
             *recorder.start(params, inner),
             trajectory=init_trajectory(params, max_steps, storage_dtype=storage_dtype),
-            delta_pairs=kernels.lbfgs.init(params, memory),
+            delta_pairs=kernels.lbfgs.init(params, memory_size),
             delta_first=jnp.full((), -1, jnp.int32),
             foretold_steps=jnp.zeros((max_steps,), bool),
         )
@@ -239,7 +239,7 @@ def deltagrad(
             check_cached_run(distance, verify_tolerance, run.trajectory, recorder.extras_seen)
             verified = {"verified": "within tolerance", "replay_distance": distance}
         gone = GoneRows(request.ids, run.plan, reader, wanted=not all_exact)
-        begin = (*start, kernels.lbfgs.init(params, memory), tree.copy(run.trajectory))
+        begin = (*start, kernels.lbfgs.init(params, memory_size), tree.copy(run.trajectory))
         (*reached, _, trajectory), checkpoints, met = run_corrected(
             compiled, write, begin, gone, reader, due, run.plan, run.checkpoints, show=progress
         )
@@ -255,7 +255,7 @@ def deltagrad(
             record, request.ids, run.plan, checkpoints, run.plan.first, met.non_finite
         )._replace(
             trajectory=trajectory,
-            delta_pairs=kernels.lbfgs.init(params, memory),
+            delta_pairs=kernels.lbfgs.init(params, memory_size),
             delta_first=jnp.full((), -1, jnp.int32),
             foretold_steps=jnp.asarray(run.foretold_steps),
         )
