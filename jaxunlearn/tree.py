@@ -148,9 +148,10 @@ def digest(tree: PyTree) -> str:
     sha = hashlib.sha256(b"jaxunlearn/tree/v1")
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path).encode()
-        content = _leaf_bytes(leaf)
+        header, content = _leaf_content(leaf)
         sha.update(len(name).to_bytes(8, "little") + name)
-        sha.update(len(content).to_bytes(8, "little") + content)
+        sha.update((len(header) + content.nbytes).to_bytes(8, "little") + header)
+        sha.update(content.data)  # the array's own memory: large ones are not copied
     return f"sha256:{sha.hexdigest()}"
 
 
@@ -159,9 +160,29 @@ def digest_bytes(tree: PyTree) -> bytes:
     return bytes.fromhex(digest(tree).removeprefix("sha256:"))
 
 
-def _leaf_bytes(leaf) -> bytes:
-    """A leaf's dtype, shape and little-endian bytes."""
+def on_host(tree: PyTree) -> PyTree:
+    """The leaves as NumPy arrays that no donation and no assignment changes any more.
+
+    Views where JAX keeps its arrays in the host's memory, copies elsewhere and of NumPy arrays.
+    """
+
+    def fetched(leaf):
+        array = jax.device_get(key_free(leaf))
+        return array if isinstance(leaf, jax.Array) else np.array(array)
+
+    return jax.tree.map(fetched, tree)
+
+
+def _leaf_content(leaf) -> tuple[bytes, np.ndarray]:
+    """A leaf's dtype and shape, and its little-endian bytes."""
     array = np.asarray(jax.device_get(key_free(leaf)))
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
-    return f"{array.dtype.name}{array.shape}".encode() + array.tobytes()
+    header = f"{array.dtype.name}{array.shape}".encode()
+    return header, np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _leaf_bytes(leaf) -> bytes:
+    """A leaf's dtype, shape and little-endian bytes."""
+    header, content = _leaf_content(leaf)
+    return header + content.tobytes()

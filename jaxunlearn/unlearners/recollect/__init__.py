@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -168,8 +167,7 @@ def recollect(
         progress=progress,
     )  # fmt: skip
     beside, routes = setting.beside, Routes(setting)
-    add_step, add_jitted = make_add_step(setting)
-    goes_on = jax.jit(beside.goes_on)
+    add_step, add_at_once = make_add_step(setting)
     was_smoothness_told: list[bool] = []
 
     def init(params):
@@ -256,7 +254,7 @@ def recollect(
                 if joint
                 else add(params, opt_state, ids)
             )
-            if not int(moved[2]["status"]) and bool(goes_on(moved[0], moved[1].inner)):
+            if not int(moved[2]["status"]):
                 return *moved[:2], details | measured
             if if_rough != "replay":
                 raise errors.NonFiniteError(
@@ -278,7 +276,7 @@ def recollect(
 
     def add(params, opt_state, ids):
         padded = records.bucket(ids)
-        return add_jitted(params, opt_state, None, padded, np.zeros((len(padded),), np.float32))
+        return add_at_once(params, opt_state, padded, np.zeros((len(padded),), np.float32))
 
     def without_shadows(state, ids):
         """After training again: what goes along is still of the old path, its shadows end."""

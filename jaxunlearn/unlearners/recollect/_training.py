@@ -17,7 +17,6 @@ from jaxunlearn.unlearners.recollect._lockstep import (
     Along,
     Lockstep,
     TracedStep,
-    end_shadows,
     init_along,
     without_states,
 )
@@ -145,11 +144,12 @@ def make_add_step(setting: Setting):
     """`forget_step` from tangents, state + sum_u (1 - weight_u) tangent_u; and the same compiled.
 
     The compiled one computes what changes and hands on the rest of the record as it is: what goes
-    through a compiled program without donation is copied, tangents and all.
+    through a compiled program without donation is copied, tangents and all. It poisons nothing,
+    since its caller looks at the status, and looks whether training can go on from the result.
     """
     table, kernel = setting.table, setting.beside.tangents()
 
-    def changes(params, inner, tangents, is_live, step_ids, status, ids, weights):
+    def changes(params, inner, tangents, is_live, step_ids, shadow_units, ids, weights):
         slots = table.slots(ids)
         amounts = jnp.where(ids >= 0, 1 - jnp.asarray(weights, jnp.float32), 0)
         moved = kernel.add(params, inner, tangents, slots, amounts)
@@ -157,34 +157,47 @@ def make_add_step(setting: Setting):
         gone = jnp.isin(table.of_examples(step_ids), ids) & (step_ids >= 0)
         step_ids = jnp.where(gone, -1, step_ids)
         is_live = is_live.at[nowhere].set(False, mode="drop")
-        return is_live, step_ids, *_checked(params, inner, *moved, status)
+        return is_live, step_ids, jnp.full_like(shadow_units, ENDED), moved
 
-    def assembled(changes, clear):
-        def add_step(params, state, rows, ids, weights):
-            del rows
-            record, along = state.record, state.record.along
-            is_live, step_ids, params, inner, status, failure = changes(
-                params, state.inner, along.tangents, along.slot_is_live, record.log.step_ids,
-                record.participation.status, jnp.asarray(ids), weights,
-            )  # fmt: skip
-            record = record._replace(
-                participation=record.participation._replace(status=status),
-                log=record.log._replace(step_ids=step_ids),
-                along=along._replace(
-                    slot_is_live=is_live, shadows=end_shadows(clear(along.shadows))
-                ),
-            )
-            return params, UnlearnerState(inner, record), {"status": failure}
+    def checked_changes(params, inner, *operands):
+        *rest, moved = changes(params, inner, *operands)
+        moved = tree.match_weak_types(moved, (params, inner))
+        failed = _has_failed(inner, *moved) | ~setting.beside.goes_on(*moved)
+        return *rest, moved, jnp.where(failed, int(Status.NON_FINITE), 0).astype(jnp.int32)
 
-        return add_step
+    def operands_of(params, state, ids, weights):
+        record, along = state.record, state.record.along
+        return (
+            params, state.inner, along.tangents, along.slot_is_live, record.log.step_ids,
+            along.shadows.shadow_units, jnp.asarray(ids), weights,
+        )  # fmt: skip
 
-    cleared = jax.jit(without_states)
+    def recorded(record, is_live, step_ids, shadows):
+        return record._replace(
+            log=record.log._replace(step_ids=step_ids),
+            along=record.along._replace(slot_is_live=is_live, shadows=shadows),
+        )
 
-    def clear_once(shadows):
-        over = bool(jnp.all(shadows.shadow_units == ENDED))
-        return shadows if over else cleared(shadows)
+    def add_step(params, state, rows, ids, weights):
+        del rows
+        is_live, step_ids, units, moved = changes(*operands_of(params, state, ids, weights))
+        shadows = state.record.along.shadows._replace(shadow_units=units)
+        record = recorded(state.record, is_live, step_ids, shadows)
+        return concluded(params, state, moved, record)
 
-    return assembled(changes, lambda shadows: shadows), assembled(jax.jit(changes), clear_once)
+    compiled, cleared = jax.jit(checked_changes), jax.jit(without_states)
+
+    def add_at_once(params, state, ids, weights):
+        out = compiled(*operands_of(params, state, ids, weights))
+        is_live, step_ids, units, (new_params, inner), status = out
+        shadows = state.record.along.shadows
+        if (np.asarray(shadows.shadow_units) != ENDED).any():
+            shadows = cleared(shadows)
+        shadows = shadows._replace(shadow_units=units)
+        record = recorded(state.record, is_live, step_ids, shadows)
+        return new_params, UnlearnerState(inner, record), {"status": status}
+
+    return add_step, add_at_once
 
 
 def make_joint_step(setting: Setting):
@@ -207,25 +220,24 @@ def make_joint_step(setting: Setting):
 
 def concluded(params, state, moved, record, **arrays):
     """What a step returns: the moved state, poisoned where it is no longer finite."""
-    status, (new_params, new_inner) = record.participation.status, moved
-    params, inner, status, failure = _checked(params, state.inner, new_params, new_inner, status)
-    participation = record.participation._replace(status=status)
+    failed = _has_failed(state.inner, *moved)
+    failure = jnp.where(failed, int(Status.NON_FINITE), 0).astype(jnp.int32)
+    poisoned = tree.poison(moved, failed)
+    new_params, inner = tree.match_weak_types(poisoned, (params, state.inner))
+    participation = record.participation
+    participation = participation._replace(status=participation.status | failure)
     state = UnlearnerState(inner, record._replace(participation=participation))
-    return params, state, {"status": failure} | arrays
+    return new_params, state, {"status": failure} | arrays
 
 
-def _checked(params, inner, new_params, new_inner, status):
-    """The new state, poisoned where it is not finite; the sticky status, and this step's.
+def _has_failed(inner, new_params, new_inner):
+    """Whether the new state is not finite.
 
     A scalar of the optimizer state may have been infinite before: a line search starts with one.
     """
     pairs = zip(jax.tree.leaves(inner), jax.tree.leaves(new_inner), strict=True)
     held = [new if jnp.ndim(new) else _where_finite(old, new) for old, new in pairs]
-    failed = ~jnp.isfinite(_largest([*jax.tree.leaves(new_params), *held]))
-    failure = jnp.where(failed, int(Status.NON_FINITE), 0).astype(jnp.int32)
-    new_params = tree.match_weak_types(tree.poison(new_params, failed), params)
-    new_inner = tree.match_weak_types(tree.poison(new_inner, failed), inner)
-    return new_params, new_inner, status | failure, failure
+    return ~jnp.isfinite(_largest([*jax.tree.leaves(new_params), *held]))
 
 
 def _where_finite(old, new):
@@ -353,6 +365,9 @@ def _add_first(setting: Setting):
     def add(params, state, record, tangents):
         slot, one = jnp.zeros((1,), jnp.int32), jnp.ones((1,))
         moved = kernel.add(params, state.inner, tangents, slot, one)
-        return concluded(params, state, moved, record)
+        failed = ~setting.beside.goes_on(*moved)
+        *end, arrays = concluded(params, state, moved, record)
+        status = jnp.where(failed, int(Status.NON_FINITE), arrays["status"]).astype(jnp.int32)
+        return *end, {"status": status}
 
     return add
