@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from jaxunlearn.accounting import grid_of, release_epsilon, round_down, round_up
 from jaxunlearn.certificates import schema
+from jaxunlearn.certificates.deferred import Deferred, is_on_its_way
 from jaxunlearn.errors import CertificateError
 
 SCHEMA_VERSION = 1
@@ -108,6 +109,7 @@ class Certificate:
       adjacency: "remove" or "replace".
       params_after, state_after: `tree.digest`, or None.
       params_before, state_before: the same, sealed with the salt of the commitment, or None.
+        All four may be futures of such digests; then whoever reads the field waits.
       environment: from `environment()`.
       created: UTC, "2030-01-31T12:00:00Z"; the present time by default.
 
@@ -138,10 +140,10 @@ class Certificate:
     num_duplicates: int = 0
     requests: str = "oblivious"
     adjacency: str = "remove"
-    params_before: str | None = None
-    params_after: str | None = None
-    state_before: str | None = None
-    state_after: str | None = None
+    params_before: Deferred = Deferred()  # noqa: RUF009 (a descriptor)
+    params_after: Deferred = Deferred()  # noqa: RUF009 (a descriptor)
+    state_before: Deferred = Deferred()  # noqa: RUF009 (a descriptor)
+    state_after: Deferred = Deferred()  # noqa: RUF009 (a descriptor)
     created: str = dataclasses.field(default_factory=lambda: _now())
     schema_version: int = SCHEMA_VERSION
 
@@ -242,6 +244,7 @@ def _checked(certificate):
         **{
             name: optional(schema.digest, name)
             for name in ("params_before", "params_after", "state_before", "state_after")
+            if not is_on_its_way(certificate, name)
         },
         "created": _timestamp(certificate.created),
     }

@@ -8,6 +8,7 @@ import optax
 from jaxunlearn import tree
 from jaxunlearn.certificates.certificate import Certificate
 from jaxunlearn.certificates.commitment import commit_ids, seal
+from jaxunlearn.certificates.deferred import deferred
 from jaxunlearn.certificates.environment import environment
 from jaxunlearn.types import ForgetInfo, Forgotten, Params, Request, UnlearnerState
 
@@ -21,6 +22,10 @@ def issue(
 ) -> tuple[Certificate, bytes]:
     """A `Certificate` of one deletion, and the salt that opens its commitment to the ids.
 
+    The digests are of the trees as they are now, and are computed on another thread, SHA-256 being
+    slower than an addition: what reads them waits for them. A second call waits for those of the
+    first.
+
     Args:
       ids: the forgotten ids.  num_duplicates: repeats in the request.
       before, after: parameters and optimizer state, without the record.
@@ -28,15 +33,19 @@ def issue(
     """
     ids = [int(i) for i in ids]
     commitment, salt = commit_ids(ids)
+    before, after = map(tree.on_host, (before, after))
+    digests = deferred(
+        params_before=lambda: seal(tree.digest(before[0]), salt),
+        params_after=lambda: tree.digest(after[0]),
+        state_before=lambda: seal(tree.digest(before[1]), salt),
+        state_after=lambda: tree.digest(after[1]),
+    )
     certificate = Certificate(
         num_forgotten=len(ids),
         num_duplicates=num_duplicates,
         forget_set_commitment=commitment,
-        params_before=seal(tree.digest(before[0]), salt),
-        params_after=tree.digest(after[0]),
-        state_before=seal(tree.digest(before[1]), salt),
-        state_after=tree.digest(after[1]),
         environment=environment(),
+        **digests,
         **promise,
     )
     return certificate, salt
