@@ -1,7 +1,22 @@
 """Flax Linen: a `TrainState` that passes extra arguments, a loss, and a one-line `forget`.
 
 The stock `TrainState.apply_gradients` takes its keywords for dataclass fields, so ids cannot reach
-the optimizer through it; the subclass here is that one change.
+the optimizer through it; the subclass here is that one change. What a method offers beside `forget`
+is here too: `refresh` and `describe` of `unlearners.recollect`,
+
+    tx = unlearners.recollect(optax.sgd(0.1), adapters.linen.loss_fn(module, loss), ...)
+    print(tx.describe(params))                               # bytes of the record, before training
+    state = adapters.linen.TrainState.create(apply_fn=module.apply, params=params, tx=tx)
+    ...                                                      # apply_gradients(grads=, batch=, ids=)
+    state, info = adapters.linen.forget(state, [17])         # an addition
+    state = adapters.linen.refresh(state, data=data)         # tangents without row 17
+
+and the event stream of `unlearners.memory_pair`,
+
+    tx = unlearners.memory_pair(adapters.linen.loss_fn(module, loss), ...)
+    state = adapters.linen.TrainState.create(apply_fn=module.apply, params=params, tx=tx)
+    rows = adapters.linen.start_stream(state, events)
+    state, rows, output = jax.jit(adapters.linen.run_stream)(state, rows, events)
 """
 
 import dataclasses
@@ -11,9 +26,10 @@ from typing import Any
 import optax
 from flax import linen
 from flax.training import train_state
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from jaxunlearn import errors, kernels
+from jaxunlearn import errors, kernels, records
+from jaxunlearn.adapters import _offers
 from jaxunlearn.types import ForgetInfo, LossFn, Quote, Unlearner
 
 
@@ -90,6 +106,70 @@ def forget(
 def quote(state: train_state.TrainState, ids: Any) -> Quote:
     """What `forget` would cost; see `Unlearner.quote`."""
     return _unlearner(state).quote(state.params, state.opt_state, ids)
+
+
+def refresh(state: train_state.TrainState, *, data: Any) -> train_state.TrainState:
+    """`state` trained again without what was forgotten, with new tangents; other fields stay.
+
+    See `unlearners.recollect`; after it, later deletions rest on the path without the rows.
+
+    Raises:
+      WrongStateError: the unlearner has no `refresh`.
+      Whatever `refresh` raises.
+    """
+    again = _offers.offered(_unlearner(state), "refresh")
+    params, opt_state = again(state.params, state.opt_state, data=data)
+    return state.replace(params=params, opt_state=opt_state)
+
+
+def describe(state: train_state.TrainState) -> dict[str, int]:
+    """Bytes of the deletion record by part; before there is a state, `tx.describe(params)`.
+
+    Raises:
+      WrongStateError: the unlearner has no `describe`.
+    """
+    return _offers.offered(_unlearner(state), "describe")(state.params)
+
+
+def start_stream(state: train_state.TrainState, events: records.Event) -> PyTree:
+    """The rows that a stream of events will hold, none of them yet.
+
+    Args:
+      state: with `unlearners.memory_pair` as its optimizer, and no step taken.
+      events: with a leading axis of time; only shapes and dtypes matter.
+
+    Returns:
+      Zeros (max_steps, b, ...), to be handed to `run_stream`.
+
+    Raises:
+      WrongStateError: the unlearner has no stream, or training has begun.
+    """
+    return _offers.fresh_rows(_unlearner(state), state.params, state.opt_state, events)
+
+
+def run_stream(
+    state: train_state.TrainState, rows: PyTree, events: records.Event
+) -> tuple[train_state.TrainState, PyTree, records.StreamOutput]:
+    """Inserts, deletions and predictions, one after another; pure, for `jax.jit`.
+
+    Args:
+      rows: of `start_stream`, or of the last call. They hold what was inserted, zeros where it was
+        deleted by an event; a deletion by `forget` leaves its row in them.
+      events: `records.Event` with a leading axis of time.
+
+    Returns:
+      The state, the rows for the next call, and what each event did, `records.StreamOutput`. The
+      step counter advances by the inserts that were made.
+
+    Raises:
+      WrongStateError: the unlearner has no stream.
+    """
+    tx = _unlearner(state)
+    new, output, inserted = _offers.run_stream(tx, state.params, state.opt_state, rows, events)
+    state = state.replace(
+        step=state.step + inserted, params=new.stream_params, opt_state=new.stream_opt_state
+    )
+    return state, new.stream_rows, output
 
 
 def released(state: train_state.TrainState) -> optax.OptState:
