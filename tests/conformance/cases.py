@@ -51,6 +51,10 @@ class Case:
     spread: (params, state) -> the state in which a method looks for these parameters too.
     own_tx: loss_fn -> the optimizer, for a method that brings its own; it is not crossed.
     needs_data: `forget` reads rows; without it looks at some only where it gets any.
+    moves_params: a deletion moves the parameters, not the optimizer state alone.
+    differentiates: of which rows `forget_step` takes gradients, and can fail: "kept", "gone" or
+      none at all.
+    is_slow: all tests of this case are.
     """
 
     name: str
@@ -65,6 +69,9 @@ class Case:
     oracle_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     spread: Callable[..., Any] = lambda params, state: state
     needs_data: bool = True
+    moves_params: bool = True
+    differentiates: str | None = "kept"
+    is_slow: bool = False
     own_tx: Callable[[Callable], optax.GradientTransformation] | None = None
 
 
@@ -113,6 +120,12 @@ def units_to_add(run: "Trained", forget) -> tuple:
     return run.params, run.state, rows, ids.astype(np.int32), np.zeros(len(ids), np.float32)
 
 
+def rows_to_go(run: "Trained", forget) -> tuple:
+    """The trained state and the rows to go, with weight 1: what corrects the present state."""
+    params, state, rows, ids, _ = units_to_add(run, forget)
+    return params, state, rows, ids, (ids >= 0).astype(np.float32)
+
+
 def with_spoilt_tangents(params, state):
     """The state as if a row of the run had exploded."""
     along = state.record.along
@@ -142,6 +155,8 @@ RECOLLECT = {
     "if_rough": "replay",
     "rough_above": 1e9,
 }
+USERS = {"units": np.where(np.arange(NUM_EXAMPLES) == 12, 3, np.arange(NUM_EXAMPLES))}
+"""Every example is its own user, but for user 3, who has examples 3 and 12."""
 NEWTON = {
     "l2": 0.5,
     "noise_stddev": 10.0,
@@ -159,6 +174,10 @@ _fixed_path = functools.partial(
     Case, factory=unlearners.fixed_path, operands=run_as_segment, has_max_steps=True,
     spread=along_the_path,
 )  # fmt: skip
+_recollect = functools.partial(
+    Case, factory=unlearners.recollect, operands=units_to_add, has_max_steps=True,
+    spread=with_spoilt_tangents, needs_data=False,
+)  # fmt: skip
 CASES = [
     _replay("replay", options=REPLAY),
     _replay("replay-kept", options=REPLAY | KEPT, oracle_options=KEPT, crossed=False),
@@ -167,14 +186,38 @@ CASES = [
     _memory_pair(
         "memory_pair-tangent", options=REPLAY | {"mode": "tangent"}, operands=run_with_the_rows
     ),
+    _memory_pair(
+        "memory_pair-paper",
+        options=REPLAY | {"mode": "paper"},
+        operands=rows_to_go,
+        differentiates="gone",
+    ),
+    _memory_pair(
+        "memory_pair-drop_pair",
+        options=REPLAY | {"mode": "drop_pair"},
+        operands=rows_to_go,
+        moves_params=False,
+        differentiates=None,
+    ),
     Case(
-        "recollect",
-        unlearners.recollect,
-        RECOLLECT,
-        units_to_add,
+        "deltagrad-settle",
+        unlearners.deltagrad,
+        DELTAGRAD | {"settle": 3},
+        run_with_the_rows,
         has_max_steps=True,
-        spread=with_spoilt_tangents,
-        needs_data=False,
+        crossed=False,
+        is_slow=True,
+    ),
+    _recollect("recollect", options=RECOLLECT),
+    _recollect("recollect-users", options=RECOLLECT | USERS, crossed=False, is_slow=True),
+    _recollect(
+        "recollect-offload", options=RECOLLECT | {"offload": "host"}, crossed=False, is_slow=True
+    ),
+    _recollect(
+        "recollect-paper",
+        options=RECOLLECT | KEPT | {"recursion": "paper"},
+        crossed=False,
+        is_slow=True,
     ),
     Case(
         "recollect-joint",
@@ -282,11 +325,21 @@ FIRST = {"adamw", "momentum", "chain", "inject_hyperparams"}
 def _pair(case: Case, inside: Inside):
     """A parameter of the tests that are crossed."""
     is_fast = case.name in ("replay", "newton") or inside.name in FIRST
+    is_fast &= not case.is_slow
     return pytest.param((case.name, inside.name), marks=[] if is_fast else [pytest.mark.slow])
 
 
 CROSSED = [_pair(case, inside) for case, inside in PAIRS]
 CROSSED_EXACT = [_pair(case, inside) for case, inside in PAIRS if case.exact]
+
+
+def each(keep: Callable[[Case], bool] = lambda case: True):
+    """A test of every case, or of those to keep; slow where the case is."""
+    cases = [case for case in CASES if keep(case)]
+    marks = [[pytest.mark.slow] if case.is_slow else [] for case in cases]
+    return pytest.mark.parametrize(
+        "case", [pytest.param(c, marks=m, id=c.name) for c, m in zip(cases, marks)]
+    )
 
 
 @dataclasses.dataclass
