@@ -116,7 +116,8 @@ class Laboratory:
         }
         if not self.optimizer.deltagrad:
             return routes, {DELTAGRAD: NOT_FOR_OTHERS}
-        return routes | {DELTAGRAD: build(unlearners.deltagrad, verify="off")}, {}
+        published = build(unlearners.deltagrad, verify="off", settle=0)
+        return routes | {DELTAGRAD: published}, {}
 
     def _make_segment(self):
         """The steps of the exact route, as its own deletion runs them."""

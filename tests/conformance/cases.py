@@ -148,7 +148,7 @@ def memory_pair(tx, loss_fn, **options) -> Unlearner:
 
 REPLAY = {"batch_size": BATCH, "max_steps": STEPS + 3, "num_checkpoints": 3}
 KEPT = {"normalizer": "kept"}
-DELTAGRAD = REPLAY | {"period": 2, "burn_in": 2}
+DELTAGRAD = REPLAY | {"period": 2, "burn_in": 2, "settle": 0}
 RECOLLECT = {
     "batch_size": BATCH,
     "max_steps": STEPS + 3,

@@ -79,10 +79,14 @@ def train(unlearner, loss_fn=logistic, *, params=None, ids_of=ids_of_step, steps
 
 
 def make(tx, loss_fn=logistic, **options):
-    options = {"l2": L2, "progress": False} | options
+    options = {"l2": L2, "progress": False, "settle": 0} | options
     return unlearners.deltagrad(
         tx, loss_fn, num_examples=NUM_ROWS, batch_size=BATCH, max_steps=STEPS + 1, **options
     )
+
+
+def problem_params():
+    return jax.tree.map(jnp.asarray, problem()[1])
 
 
 def oracle_of(tx, state, forget, *, loss_fn=logistic, **options):
@@ -295,6 +299,32 @@ def test_it_comes_closer_to_the_oracle(x64):
     target = oracle_of(tx, state, FORGET)
     assert result.info.measurements["exact_steps"] == 6 + 7 + 4
     assert gap(result.params, target[0]) < 0.2 * gap(params, target[0])
+
+
+def test_an_optimizer_with_a_memory_settles_by_default(x64):
+    gradients = {}
+    for name in ("momentum", "sgd"):
+        for settle in (None, 10, 0):
+            unlearner = make(TRANSFORMS[name](), period=4, burn_in=2, verify="off", settle=settle)
+            state = train(unlearner)[1] if settle is None else state
+            quote = unlearner.quote(problem_params(), state, FORGET)
+            gradients[name, settle] = quote.num_gradients
+    assert gradients["momentum", None] == gradients["momentum", 10] > gradients["momentum", 0]
+    assert gradients["sgd", None] == gradients["sgd", 0] < gradients["sgd", 10]
+
+
+@pytest.mark.slow
+def test_settling_brings_the_state_nearer_and_the_certificate_says_how_long_it_did(x64):
+    tx, found = TRANSFORMS["momentum"](), {}
+    for settle in (None, 0):
+        unlearner = make(tx, period=4, burn_in=2, if_nonconvex="ignore", settle=settle)
+        params, state = train(unlearner)
+        result = unlearner.forget(params, state, FORGET, data=problem()[0])
+        found[settle] = gap(result.opt_state.inner, oracle_of(tx, state, FORGET)[1])
+        last = result.info.measurements["settled_steps"]
+        assert (last >= 10) == (settle is None)
+        assert f"before the last {last} steps" in str(result.info.certificate.not_covered)
+    assert found[None] < 0.5 * found[0] < 0.5 * gap(state.inner, oracle_of(tx, state, FORGET)[1])
 
 
 @pytest.mark.slow

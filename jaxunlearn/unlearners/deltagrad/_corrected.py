@@ -30,6 +30,8 @@ from jaxunlearn.unlearners.deltagrad._trajectory import (
 )
 
 _rewrite = jax.jit(rewrite_slot, donate_argnums=0)
+SETTLE = 10
+"""Momentum 0.9 keeps a third of what it held that many steps ago."""
 _FEWEST_ROWS = 8  # places for the rows that go, so that small requests share one trace
 
 
@@ -80,6 +82,7 @@ class StepsMet(NamedTuple):
     def figures(self, due: np.ndarray) -> dict[str, int | float]:
         """Counts, and the mismatch at exact steps: after foretold ones, where there are such.
 
+        settled_steps: exact steps at the end, in a row.
         gradient_mismatch: largest ||foretold - evaluated|| / ||evaluated|| of the gradient.
         correction_mismatch: median ||B v - y|| / ||y||; 1 is what leaving B v out would give.
         """
@@ -90,6 +93,7 @@ class StepsMet(NamedTuple):
             "num_steps": len(self.told),
             "exact_steps": int(np.sum(~self.told)),
             "fallback_steps": int(np.sum(~self.told & ~due)),
+            "settled_steps": int(np.argmax(np.append(self.told[::-1], True))),
             "non_finite_rows": int(np.sum(self.num_non_finite_rows)),
             "non_finite_updates": int(np.sum(self.non_finite)),
         }
@@ -98,6 +102,13 @@ class StepsMet(NamedTuple):
             figures["gradient_mismatch"] = float(np.max(error / found.gradient_norm[at]))
             figures["correction_mismatch"] = float(np.median(error / found.change_norm[at]))
         return figures
+
+
+def settle_steps(settle: int | None, inner: PyTree) -> int:
+    """Exact steps at the end; where none are asked for, `SETTLE` if the optimizer has a memory."""
+    if settle is not None:
+        return settle
+    return SETTLE if any(map(tree.is_inexact, jax.tree.leaves(inner))) else 0
 
 
 class CorrectedSteps(NamedTuple):
