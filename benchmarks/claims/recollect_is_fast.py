@@ -2,10 +2,10 @@
 
 A million float32 parameters under SGD with momentum. `forget_step`, jitted with the state donated,
 adds a tangent to parameters and momentum and checks the result: at most 3 times one addition over
-the same leaves, measured interleaved. Printed beside it, without a claim: how long `forget` takes
-to hand over parameters and state (validation, addition, a certificate without its digests), and
-until the certificate has its four digests, which another thread computes with SHA-256; at a million
-parameters and at ten million, where what does not grow with them hardly counts.
+the same leaves, measured interleaved. At ten million parameters `forget` itself hands over in at
+most 3 additions: validation, addition, and a certificate whose four digests another thread goes on
+to compute with SHA-256. Printed beside it, without a claim: until these are there, and `forget` at a
+million parameters, where what does not grow with them is most of it.
 
 python benchmarks/claims/recollect_is_fast.py [--quick]    exits 1 where this does not hold.
 """
@@ -129,16 +129,21 @@ def main() -> int:
     measured = {NUM_PARAMETERS: latencies(unlearner, params, state, repeats)}
     if not quick:
         measured[10 * NUM_PARAMETERS] = latencies(*trained(10 * NUM_PARAMETERS), repeats)
+    holds = ratio <= MAX_ADDITIONS
     for size, times in measured.items():
         shown = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
         print(f"in additions, at {size:.0e} parameters: {shown}")
+    if not quick:
+        large = measured[10 * NUM_PARAMETERS]["forget"] <= MAX_ADDITIONS
+        print(f"forget, ten million parameters: at most {MAX_ADDITIONS} additions: {large}")
+        holds &= large
     unlearner.forget(params, state, [0, 1])
     compiled = compilations(
         lambda: [unlearner.forget(params, state, [a, a + 1]) for a in (2, 4, 6)]
     )
     print(f"forget_step: at most {MAX_ADDITIONS} additions: {ratio <= MAX_ADDITIONS}")
     print(f"programs compiled by three more requests of one size: {compiled}")
-    return 0 if ratio <= MAX_ADDITIONS and compiled == 0 else 1
+    return 0 if holds and compiled == 0 else 1
 
 
 if __name__ == "__main__":

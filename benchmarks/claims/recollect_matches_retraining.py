@@ -10,8 +10,11 @@ for each row and step, in the same process.
 
 And on logistic regression with 1000 rows of norm one for 15 epochs, a row leaves at most 1e-3
 (SGD), 2e-2 (momentum) and 2e-2 (Adam, eps 1e-3) of its effect on the parameters, and a twentieth of
-that on the state, the learning rate decaying as above. Adam without eps_root, or in steps of 6 rows
-with eps 1e-8, is recognised as too rough, and refused.
+that on the state, the learning rate decaying as above. With SGD it is 1e-3 as well for rows of norm
+5.5 (30 standard normal features) at a tenth of the learning rate. First order leaves what is second
+order, so this is of small effects: at learning rate .5 the median over rows was 8e-5 at norm 1,
+8e-4 at 2, 2e-3 at 3, 3e-3 at 5.5, where the worst row left 1e-2. Adam without eps_root, or in steps
+of 6 rows with eps 1e-8, is recognised as too rough, and refused.
 
 The protocol needs MNIST in JAXUNLEARN_DATA and hf_mnist_logistic_seed124.npz in JAXUNLEARN_GOLDEN
 (or in ../golden of the data); the rest needs nothing.
@@ -38,10 +41,12 @@ PUBLISHED, JOINT, MAX_SECONDS = 0.0681, 0.0095, 10.0
 FILE = "hf_mnist_logistic_seed124.npz"
 decayed = functools.partial(optax.exponential_decay, transition_steps=1, decay_rate=0.995)
 BARS = {
-    "sgd": (optax.sgd(decayed(0.5)), 1e-3),
-    "momentum": (optax.sgd(decayed(0.05), momentum=0.9), 2e-2),
-    "adam, eps 1e-3": (optax.adam(decayed(0.05), eps=1e-3, eps_root=1e-8), 2e-2),
+    "sgd": (optax.sgd(decayed(0.5)), 1.0, 1e-3),
+    "momentum": (optax.sgd(decayed(0.05), momentum=0.9), 1.0, 2e-2),
+    "adam, eps 1e-3": (optax.adam(decayed(0.05), eps=1e-3, eps_root=1e-8), 1.0, 2e-2),
+    "sgd, rows of norm 5.5": (optax.sgd(decayed(0.05)), None, 1e-3),
 }
+"""The optimizer, the norm of the rows, and what may be left in the median."""
 
 
 def golden_file() -> pathlib.Path | None:
@@ -214,8 +219,8 @@ def what_is_left(tx, norm, num_rows):
 
 def bars(quick: bool) -> bool:
     holds = True
-    for name, (tx, bar) in BARS.items():
-        left, state_left = what_is_left(tx, 1.0, 2 if quick else 20)
+    for name, (tx, norm, bar) in BARS.items():
+        left, state_left = what_is_left(tx, norm, 2 if quick else 20)
         good = bool(left <= bar and state_left <= 1 / 20)
         print(
             f"{name}: {left:.1e} of the effect on the parameters is left (bar {bar:g}), "
@@ -223,7 +228,7 @@ def bars(quick: bool) -> bool:
         )
         holds &= good
     left, _ = what_is_left(BARS["sgd"][0], None, 2 if quick else 20)
-    print(f"sgd, rows of norm 5.5 in the place of 1, without a claim: {left:.1e}")
+    print(f"sgd at ten times that rate, rows of norm 5.5, without a claim: {left:.1e}")
     return holds
 
 
