@@ -4,8 +4,8 @@ A million float32 parameters under SGD with momentum. `forget_step`, jitted with
 adds a tangent to parameters and momentum and checks the result: at most 3 times one addition over
 the same leaves, measured interleaved. At ten million parameters `forget` itself hands over in at
 most 3 additions: validation, addition, and a certificate whose four digests another thread goes on
-to compute with SHA-256. Printed beside it, without a claim: until these are there, and `forget` at a
-million parameters, where what does not grow with them is most of it.
+to compute with SHA-256. Printed beside it, without a claim: until these are there, and `forget` at
+a million parameters, where what does not grow with them is most of it.
 
 python benchmarks/claims/recollect_is_fast.py [--quick]    exits 1 where this does not hold.
 """
