@@ -129,7 +129,8 @@ def rows_to_go(run: "Trained", forget) -> tuple:
 def with_spoilt_tangents(params, state):
     """The state as if a row of the run had exploded."""
     along = state.record.along
-    spoilt = tuple(jnp.full_like(leaf, jnp.inf) for leaf in along.tangents)
+    infinite = lambda leaf: np.full(leaf.shape, np.inf, leaf.dtype)
+    spoilt = tuple(jax.device_put(infinite(leaf), leaf.sharding) for leaf in along.tangents)
     record = state.record._replace(along=along._replace(tangents=spoilt))
     return state._replace(record=record)
 
