@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from jaxunlearn import errors, records
+from jaxunlearn import errors, unlearners
 from jaxunlearn.types import Params, Unlearner, UnlearnerState
 
 _OFFERED_BY = {"refresh": "recollect", "describe": "recollect", "stream": "memory_pair"}
@@ -27,13 +27,13 @@ def offered(tx: optax.GradientTransformation, name: str) -> Any:
     )
 
 
-def fresh_rows(tx: Unlearner, params: Params, opt_state: UnlearnerState, events: records.Event):
+def fresh_rows(tx: Unlearner, params: Params, opt_state: UnlearnerState, events: unlearners.Event):
     """Zeros for the rows of every insert that a run may have.
 
     Raises:
       WrongStateError: the run has begun, and the rows of its first steps are not at hand.
     """
-    stream: records.Stream = offered(tx, "stream")
+    stream: unlearners.Stream = offered(tx, "stream")
     if int(opt_state.record.participation.num_steps):
         raise errors.WrongStateError(
             "Expected an optimizer that has taken no step: a stream keeps the rows of every "
@@ -45,11 +45,11 @@ def fresh_rows(tx: Unlearner, params: Params, opt_state: UnlearnerState, events:
 
 
 def run_stream(
-    tx: Unlearner, params: Params, opt_state: UnlearnerState, rows: PyTree, events: records.Event
-) -> tuple[records.StreamState, records.StreamOutput, Int[Array, ""]]:
+    tx: Unlearner, params: Params, opt_state: UnlearnerState, rows: PyTree, events: unlearners.Event
+) -> tuple[unlearners.StreamState, unlearners.StreamOutput, Int[Array, ""]]:
     """The state after the events, what they did, and how many were inserts that were made."""
-    stream: records.Stream = offered(tx, "stream")
-    state, output = stream.run(records.StreamState(params, opt_state, rows), events)
-    inserts = jnp.asarray(events.event_kind) == records.EventKind.INSERT
-    made = inserts & (output.outcome == records.Outcome.DONE)
+    stream: unlearners.Stream = offered(tx, "stream")
+    state, output = stream.run(unlearners.StreamState(params, opt_state, rows), events)
+    inserts = jnp.asarray(events.event_kind) == unlearners.EventKind.INSERT
+    made = inserts & (output.outcome == unlearners.Outcome.DONE)
     return state, output, jnp.sum(made, dtype=jnp.int32)

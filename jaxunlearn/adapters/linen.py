@@ -28,7 +28,7 @@ from flax import linen
 from flax.training import train_state
 from jaxtyping import Array, PyTree
 
-from jaxunlearn import errors, kernels, records
+from jaxunlearn import errors, kernels, unlearners
 from jaxunlearn.adapters import _offers
 from jaxunlearn.types import ForgetInfo, LossFn, Quote, Unlearner
 
@@ -131,7 +131,7 @@ def describe(state: train_state.TrainState) -> dict[str, int]:
     return _offers.offered(_unlearner(state), "describe")(state.params)
 
 
-def start_stream(state: train_state.TrainState, events: records.Event) -> PyTree:
+def start_stream(state: train_state.TrainState, events: unlearners.Event) -> PyTree:
     """The rows that a stream of events will hold, none of them yet.
 
     Args:
@@ -148,17 +148,17 @@ def start_stream(state: train_state.TrainState, events: records.Event) -> PyTree
 
 
 def run_stream(
-    state: train_state.TrainState, rows: PyTree, events: records.Event
-) -> tuple[train_state.TrainState, PyTree, records.StreamOutput]:
+    state: train_state.TrainState, rows: PyTree, events: unlearners.Event
+) -> tuple[train_state.TrainState, PyTree, unlearners.StreamOutput]:
     """Inserts, deletions and predictions, one after another; pure, for `jax.jit`.
 
     Args:
       rows: of `start_stream`, or of the last call. They hold what was inserted, zeros where it was
         deleted by an event; a deletion by `forget` leaves its row in them.
-      events: `records.Event` with a leading axis of time.
+      events: `unlearners.Event` with a leading axis of time.
 
     Returns:
-      The state, the rows for the next call, and what each event did, `records.StreamOutput`. The
+      The state, the rows for the next call, and what each event did, `unlearners.StreamOutput`. The
       step counter advances by the inserts that were made.
 
     Raises:

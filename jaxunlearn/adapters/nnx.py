@@ -27,7 +27,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from jaxunlearn import errors, kernels, records
+from jaxunlearn import errors, kernels, unlearners
 from jaxunlearn.adapters import _offers
 from jaxunlearn.types import Batch, ForgetInfo, LossFn, Params, Quote, Unlearner, UnlearnerState
 
@@ -139,7 +139,7 @@ def describe(
     return _offers.offered(tx, "describe")(nnx.as_pure(nnx.state(model, wrt)))
 
 
-def start_stream(model: nnx.Module, optimizer: nnx.Optimizer, events: records.Event) -> PyTree:
+def start_stream(model: nnx.Module, optimizer: nnx.Optimizer, events: unlearners.Event) -> PyTree:
     """The rows that a stream of events will hold, none of them yet.
 
     Args:
@@ -156,18 +156,18 @@ def start_stream(model: nnx.Module, optimizer: nnx.Optimizer, events: records.Ev
 
 
 def run_stream(
-    model: nnx.Module, optimizer: nnx.Optimizer, rows: PyTree, events: records.Event
-) -> tuple[PyTree, records.StreamOutput]:
+    model: nnx.Module, optimizer: nnx.Optimizer, rows: PyTree, events: unlearners.Event
+) -> tuple[PyTree, unlearners.StreamOutput]:
     """Inserts, deletions and predictions, one after another, in place; pure inside, for `nnx.jit`.
 
     Args:
       rows: of `start_stream`, or of the last call. They hold what was inserted, zeros where it was
         deleted by an event; a deletion by `forget` leaves its row in them.
-      events: `records.Event` with a leading axis of time.
+      events: `unlearners.Event` with a leading axis of time.
 
     Returns:
-      The rows for the next call, and what each event did, `records.StreamOutput`. The step counter
-      advances by the inserts that were made.
+      The rows for the next call, and what each event did, `unlearners.StreamOutput`. The step
+      counter advances by the inserts that were made.
 
     Raises:
       WrongStateError: the unlearner has no stream.

@@ -13,7 +13,7 @@ nnx = pytest.importorskip("flax.nnx")
 from flax import linen  # noqa: E402
 
 from jaxunlearn import adapters, errors, tree, unlearners  # noqa: E402
-from jaxunlearn.records import Event, EventKind, Outcome  # noqa: E402
+from jaxunlearn.unlearners import Event, EventKind, Outcome  # noqa: E402
 
 NUM_EXAMPLES, FEATURES, BATCH, STEPS = 16, 4, 2, 8
 DATA = {
