@@ -100,7 +100,8 @@ def _bounds(grads: "PerExampleGradients", groups: Groups) -> tuple[tuple, tuple]
     for group, upper in enumerate(uppers):
         members = [factor for factor, own in zip(grads.factors, groups) if own == group]
         floor = sum(factor.floor for factor in members)
-        start = _stable.Limits.plain(upper, floor)
+        sizes = (factor.size.astype(upper.dtype) for factor in members)
+        start = _stable.Limits.plain(functools.reduce(jnp.maximum, sizes, upper), floor)
         own = functools.reduce(_stable.Limits.also, (f.limits for f in members), start)
         # Twice: for what the bound has lost, and for what the sum does.
         is_zero = functools.reduce(

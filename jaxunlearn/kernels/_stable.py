@@ -164,8 +164,9 @@ class Limits(NamedTuple):
 
     @classmethod
     def plain(cls, size: Float[Array, " b"], reach: float) -> "Limits":
-        """Of numbers that a weight multiplies where they are."""
-        return cls(jnp.full_like(size, reach), jnp.full_like(size, jnp.inf))
+        """Of numbers that a weight multiplies where they are, whose magnitudes add up to `size`."""
+        room = scale_by(jnp.ones_like(size), jnp.finfo(size.dtype).maxexp - 1 - exponent(size))
+        return cls(jnp.full_like(size, reach), jnp.maximum(room, 1))
 
     @classmethod
     def of(cls, weighted: Parts, other: Parts, count: int, dtype) -> "Limits":

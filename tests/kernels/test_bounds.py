@@ -437,11 +437,12 @@ def uncancelled(rng):
     return np.where(PLAINS, 0.1, 10.0 ** rng.uniform(-7, -1, NUM_EXTREME))
 
 
-def extreme_rows(rng, left, right, axis=1):
-    """Tokens that cancel, and factors of any exponents whose products stay in the range.
+def extreme_rows(rng, left, right, axis=1, span=(-150, 90)):
+    """Tokens that cancel, and factors of any exponents whose products have one within `span`.
 
     One row in four is of plain magnitude.
     """
+    least, most = span
     x, g = (rng.normal(size=(NUM_EXTREME, *shape)) for shape in (left, right))
     x[:] = flattened(rng, x, [axis], 0)
     epsilon = uncancelled(rng).reshape(-1, *[1] * (g.ndim - 1))
@@ -450,9 +451,9 @@ def extreme_rows(rng, left, right, axis=1):
     tokens = rng.integers(0, 12, g.shape[: axis + 1]) * rng.integers(0, 2, NUM_EXTREME)[:, None]
     g = np.ldexp(g, tokens.reshape(*tokens.shape, *[1] * (g.ndim - axis - 1)))
     first = rng.integers(-120, 118, NUM_EXTREME)
-    both = rng.integers(-150, 90, NUM_EXTREME)
+    both = rng.integers(least, most, NUM_EXTREME)
     second = np.clip(both - first, -124, 106)
-    first = np.clip(first, -150 - second, 90 - second)
+    first = np.clip(first, least - second, most - second)
     return [
         np.ldexp(each, np.where(PLAINS, 0, e).reshape(-1, *[1] * (each.ndim - 1))).astype(
             np.float32
@@ -461,31 +462,37 @@ def extreme_rows(rng, left, right, axis=1):
     ]
 
 
-def extreme_table(rng):
-    _, g = extreme_rows(rng, (2, 1), (2, 12))
+def extreme_table(rng, **span):
+    x, g = extreme_rows(rng, (2, 1), (2, 12), **span)
+    g *= np.exp2(np.float32(np.frexp(x[:, :1])[1] if span else 0))
     return np.zeros(g.shape[:2], np.int32), g
 
 
-def extreme_tied(rng):
+def extreme_tied(rng, **span):
     """One token of each use: what they have in common cancels."""
-    x, h = extreme_rows(rng, (1, 24), (1, 30))
+    x, h = extreme_rows(rng, (1, 24), (1, 30), **span)
     h[:] = h * np.eye(30)[0]
     g = -np.float32(x[:, 0] * h[:, :, 0] * (1 + uncancelled(rng)[:, None]))
     return np.zeros((*g.shape[:1], 1), np.int32), g[:, None], x, h
 
 
+def extreme_factors(left, right):
+    return functools.partial(extreme_rows, left=left, right=right)
+
+
+def extreme_vector(rng, **span):
+    return extreme_table(rng, **span)[1][:, 0, :7]
+
+
 EXTREMES = {
-    "one token": (product, (12, 16), lambda rng: extreme_rows(rng, (1, 12), (1, 16))),
-    "tokens": (product, (16, 16), lambda rng: extreme_rows(rng, (2, 16), (2, 16))),
-    "tokens, left": (product, (12, 40), lambda rng: extreme_rows(rng, (2, 12), (2, 40))),
-    "convolution": (
-        correlation, (3, 8, 32), lambda rng: extreme_rows(rng, (5, 8), (3, 32))
-    ),
+    "one token": (product, (12, 16), extreme_factors((1, 12), (1, 16))),
+    "tokens": (product, (16, 16), extreme_factors((2, 16), (2, 16))),
+    "tokens, left": (product, (12, 40), extreme_factors((2, 12), (2, 40))),
+    "convolution": (correlation, (3, 8, 32), extreme_factors((5, 8), (3, 32))),
     "table": (lookup, (5, 12), extreme_table),
     "tied": (tied, (30, 24), extreme_tied),
-    "vector": (lambda w, x: jnp.sum(x * w) / x.shape[0], (7,),
-               lambda rng: extreme_rows(rng, (1, 1), (1, 7))[1][:, 0]),
-}  # fmt: skip
+    "vector": (lambda w, x: jnp.sum(x * w) / x.shape[0], (7,), extreme_vector),
+}
 EXTREME_FACTORS = dict(zip(EXTREMES, (factors.Outer,) * 3 + (CONV, LOOKUP, SUM, factors.Dense)))
 
 
@@ -522,7 +529,7 @@ def compiled_extremes(name):
     return jax.jit(figures)
 
 
-@pytest.mark.parametrize(
+extremes = pytest.mark.parametrize(
     "name",
     [
         n if n in {"tokens", "convolution", "table", "tied"}
@@ -530,13 +537,10 @@ def compiled_extremes(name):
         for n in EXTREMES
     ],
 )  # fmt: skip
-@settings(max_examples=20, deadline=None)
-@given(seed=SEEDS)
-def test_what_underflows_takes_no_contribution_above_the_clip_norm(name, seed):
-    """A token whose weighted cotangent is flushed to zero leaves the other without its opposite."""
-    rng = np.random.default_rng(seed)
-    batch = EXTREMES[name][2](rng)
-    clip = np.float32(10.0 ** rng.choice([rng.uniform(-36, 0), rng.uniform(-12, 3)]))
+
+
+def judge_extremes(name, batch, clip):
+    """No contribution exceeds what is stated, and the plain rows come through."""
     is_finite, found = compiled_extremes(name)(batch, clip)
     stated = {"normalized": 1.0, "divided": float(clip) / 3, "rescaled": 1 / 3}
     for kind, rows in found.items():
@@ -545,6 +549,33 @@ def test_what_underflows_takes_no_contribution_above_the_clip_norm(name, seed):
     assert np.all(np.asarray(is_finite)[PLAINS])
     norms = np.linalg.norm(np.float64(found["normalized"]).reshape(NUM_EXTREME, -1), axis=1)
     assert np.all(norms[PLAINS] >= 1e-2)
+    return np.asarray(is_finite), norms
+
+
+@extremes
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS)
+def test_what_underflows_takes_no_contribution_above_the_clip_norm(name, seed):
+    """A token whose weighted cotangent is flushed to zero leaves the other without its opposite."""
+    rng = np.random.default_rng(seed)
+    batch = EXTREMES[name][2](rng)
+    clip = np.float32(10.0 ** rng.choice([rng.uniform(-36, 0), rng.uniform(-12, 3)]))
+    judge_extremes(name, batch, clip)
+
+
+@extremes
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS)
+def test_what_overflows_takes_no_contribution_above_the_clip_norm(name, seed):
+    """Rows whose size, or bound, or factor is just below the largest number, or beyond it."""
+    rng = np.random.default_rng(seed)
+    with np.errstate(over="ignore", invalid="ignore"):
+        batch = EXTREMES[name][2](rng, span=(110, 132))
+    clip = np.float32(10.0 ** rng.uniform(-3, 38))
+    is_finite, norms = judge_extremes(name, batch, clip)
+    assert np.any(is_finite & ~PLAINS)
+    assert not np.all(is_finite)
+    assert not np.any(norms[~is_finite])
 
 
 def test_a_token_that_is_flushed_to_zero_leaves_no_other_without_its_opposite():
