@@ -50,6 +50,7 @@ def figures_of(name, x64=False):
             "gram": grads.gram(),
             "cross": sum(mine.gram(its) for mine, its in pairs),
             "materialize": grads.materialize(),
+            "clip weights": grads.clip_weights(clip),
             "clipped": grads.clipped_sum(clip),
             "paths": grads,
         }
@@ -104,7 +105,11 @@ def check(name, seed, tolerance, dtype=jnp.float32):
     assert_near(found["gram"], rows @ rows.T, tolerance)
     assert_near(found["cross"], rows @ rows[2::-1].T, tolerance)
     assert_near(rows_of(found["materialize"]), rows, tolerance)
-    assert_near(flat(found["clipped"]), np.minimum(1, clip / upper) @ rows, tolerance)
+    # A bound on what is hidden of the rows, which the norms have, may be no part of the weights.
+    least, clip_weights = np.minimum(1, clip / upper), np.float64(found["clip weights"])
+    most = np.minimum(1, clip / np.linalg.norm(rows, axis=1))
+    assert np.all((least * (1 - tolerance) <= clip_weights) & (clip_weights <= most + tolerance))
+    assert_near(flat(found["clipped"]), clip_weights @ rows, tolerance)
     scale = np.linalg.norm(rows, axis=1) * np.linalg.norm(flat(vector))
     assert np.all(np.abs(found["dot"] - rows @ flat(vector)) <= tolerance * scale)
     assert {row.path for row in found["paths"].explain().rows} == architecture(name)[3]
