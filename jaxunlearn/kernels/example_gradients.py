@@ -70,7 +70,8 @@ class PerExampleGradients:
         """Each ||g_i||_2 over all parameters, (B,).
 
         Cost: for a factored leaf with one token, the norms of its factors, O(B (m + n)); with T
-        tokens, T x T Grams, O(B T^2 (m + n)), or the product, whichever is cheaper.
+        tokens, T x T Grams, O(B T^2 (m + n)), or the product, whichever is cheaper; the product as
+        well where the tokens of a row cancel.
         """
         return _operations.norms_and_uppers(self, _operations.one_group(self))[0][0]
 

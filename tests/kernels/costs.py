@@ -1,8 +1,11 @@
 """What a program costs by XLA's count of its operations."""
 
 import contextlib
+import math
 
 import jax
+
+from jaxunlearn.kernels._primitives import jaxprs_in
 
 
 def flops(function, *args):
@@ -44,3 +47,38 @@ def compilations():
         yield found
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def dots(function, *args) -> float:
+    """Floating-point operations of the matrix products and convolutions of a jaxpr.
+
+    A loop's count as often as it says it runs, of a `cond` the dearest branch does, and nothing is
+    compiled.
+    """
+    return _dots(jax.make_jaxpr(function)(*args))
+
+
+def _dots(jaxpr) -> float:
+    return sum(map(_dots_of_equation, getattr(jaxpr, "jaxpr", jaxpr).eqns))
+
+
+def _dots_of_equation(eqn) -> float:
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        terms = [eqn.invars[0].aval.shape[axis] for axis in contracted]
+        return 2 * math.prod((*terms, *eqn.outvars[0].aval.shape))
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2 * eqn.outvars[0].aval.size * math.prod(kernel) // outputs
+    inner = [_dots(jaxpr) for value in eqn.params.values() for jaxpr in jaxprs_in(value)]
+    if eqn.primitive.name == "cond":
+        return max(inner)
+    return sum(inner) * eqn.params.get("length", 1)
+
+
+def reads(function, memory, *args) -> bool:
+    """Whether a function's jaxpr reads a leaf of an L-BFGS memory's pairs."""
+    closed = jax.make_jaxpr(function)(memory, *args)
+    pairs = closed.jaxpr.invars[: len(jax.tree.leaves(memory.pairs))]
+    return any(var in pairs for eqn in closed.jaxpr.eqns for var in eqn.invars)

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from jaxunlearn.kernels._checks import concrete
+from jaxunlearn.kernels._checks import concrete, is_traced
 from jaxunlearn.kernels._programs import compiled_once
 from jaxunlearn.kernels.lbfgs._trees import check_like, inner, row_products
 from jaxunlearn.kernels.lbfgs.admission import Admission, curvature, is_usable
@@ -22,7 +22,7 @@ def init(params: Params, memory_size: int, *, owners_per_pair: int = 1) -> LBFGS
 
     Args:
       params: real floating-point leaves, arrays or `jax.ShapeDtypeStruct`. Pairs are float32, or
-        wider where the leaf is; a concrete leaf's `NamedSharding` is kept.
+        wider where the leaf is; a leaf's `NamedSharding` is kept, if traced that of explicit axes.
       memory_size: m, pairs held at most, >= 1.
       owners_per_pair: k, ids that one pair can carry, >= 1 (the rows of its minibatch).
 
@@ -84,8 +84,8 @@ def push(
       (memory, admitted). A pair that is not admitted changes nothing but `push_clock`: to offer
       zeros is to let the time pass.
 
-    Cost: the rule, and 4 m inner products: two passes over the pairs. In place where the memory is
-    donated (`jax.jit(..., donate_argnums=0)`); without donation 2 m parameter counts are copied.
+    Cost: the rule, and 4 m + 3 inner products: two passes over the pairs. In place where the memory
+    is donated (`jax.jit(..., donate_argnums=0)`); else 2 m parameter counts are copied.
     Each inner product is taken by itself, so that it is the same in every slot, bit for bit.
 
     Raises:
@@ -186,14 +186,17 @@ def write_pair(memory: LBFGSMemory, slot, s: Params, y: Params, wanted: Bool[Arr
 
 
 def _empty_slots(leaf, memory_size: int) -> Array:
-    """Zeros (m, 2, *shape) in float32 or wider, sharded like a concrete leaf."""
+    """Zeros (m, 2, *shape) in float32 or wider, sharded like the leaf."""
     wide = jnp.promote_types(jax.dtypes.result_type(leaf), jnp.float32)
     zeros = jnp.zeros((memory_size, 2, *jnp.shape(leaf)), wide)
-    sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-        spec = PartitionSpec(None, None, *sharding.spec)
-        zeros = jax.device_put(zeros, NamedSharding(sharding.mesh, spec))
-    return zeros
+    traced = is_traced(leaf)
+    sharding = jax.typeof(leaf).sharding if traced else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size <= 1:
+        return zeros
+    if traced and not any(sharding.spec):  # automatic or manual axes, which say nothing here
+        return zeros
+    place = jax.sharding.reshard if traced else jax.device_put
+    return place(zeros, NamedSharding(sharding.mesh, PartitionSpec(None, None, *sharding.spec)))
 
 
 def ids_of(owners) -> Int[Array, "..."]:

@@ -1,6 +1,7 @@
 """Block conjugate gradients: right-hand sides that share their search directions."""
 
 import functools
+import string
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxunlearn.kernels.solves.common import (
     Space,
     iterate,
     iterative,
+    rows_of,
     widened,
     zeros,
 )
@@ -74,8 +76,8 @@ def block_cg(
 
     Cost: K products an iteration, K for the residual and K for `x0` if given; one call of the
     preconditioner an iteration and one more. Memory: four copies of the right-hand sides, five
-    with a preconditioner. 14 n K^2 floating-point operations an iteration in n unknowns beside the
-    products (20 with a preconditioner), and three eigendecompositions of size K.
+    with a preconditioner. 16 n K^2 floating-point operations an iteration in n unknowns beside the
+    products (22 with a preconditioner), and three eigendecompositions of size K.
 
     References: O'Leary 1980, "The block conjugate gradient algorithm and related methods", section
       2; Dubrulle 2001, "Retooling the method of block conjugate gradients", the variant that keeps
@@ -126,25 +128,28 @@ def placed(function, *operands: PyTree, like: PyTree, template):
     return in_automatic_axes(function, *operands, specs=specs)
 
 
+def stacked(vectors: PyTree, small: PartitionSpec) -> PyTree:
+    """Specs of stacks of vectors from those of vectors."""
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
+    return jax.tree.map(lambda spec: PartitionSpec(None, *spec), vectors, is_leaf=is_spec)
+
+
 def gram(a: PyTree, b: PyTree) -> Float[Array, "k l"]:
     """<a_k, b_l> for two stacks of vectors."""
 
     def leaf_gram(x, y):
-        x, y = (z.reshape(z.shape[0], _stable.size_of(z.shape[1:])) for z in (x, y))
-        return _stable.contract("kn,ln->kl", x, y)
+        x, y = rows_of(x), rows_of(y)
+        axes = string.ascii_lowercase[: x.ndim - 1]
+        return _stable.contract(f"X{axes},Y{axes}->XY", x, y)
 
     return sum(jax.tree.leaves(jax.tree.map(leaf_gram, a, b)), start=jnp.zeros(()))
 
 
 def mix(coefficients: Float[Array, "k l"], a: PyTree) -> PyTree:
     """The stack of sum_l coefficients[k, l] a_l."""
-
-    def leaf_mix(x):
-        rows = x.reshape(x.shape[0], _stable.size_of(x.shape[1:]))
-        mixed = _stable.contract("kl,ln->kn", coefficients.astype(x.dtype), rows)
-        return mixed.reshape(-1, *x.shape[1:])
-
-    return jax.tree.map(leaf_mix, a)
+    return jax.tree.map(
+        lambda x: _stable.contract("kl,l...->k...", coefficients.astype(x.dtype), x), a
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
@@ -246,7 +251,7 @@ def _advance(state: _State, directions, product, live) -> tuple[_State, PyTree]:
 
     template = lambda vectors, small: (_specs(state, vectors, small), vectors)
     operands = state, directions, product, live
-    return placed(advance, *operands, like=state.x, template=template)
+    return placed(advance, *operands, like=state.basis, template=template)
 
 
 def _turn(state: _State, rest: PyTree, turned: PyTree | None, live) -> _State:
@@ -273,7 +278,7 @@ def _turn(state: _State, rest: PyTree, turned: PyTree | None, live) -> _State:
     template = lambda vectors, small: _specs(state, vectors, small)._replace(
         turned=None if turned is None else vectors
     )
-    return placed(turn, state, rest, turned, live, like=state.x, template=template)
+    return placed(turn, state, rest, turned, live, like=state.basis, template=template)
 
 
 def _specs(state: _State, vectors, small) -> _State:

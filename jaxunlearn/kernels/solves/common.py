@@ -58,9 +58,9 @@ class Space(NamedTuple):
             return tree.vdot(a, b)
 
         def dots(x, y):
-            if not jax.typeof(x).sharding.mesh.empty:  # no reshape of an axis that may be sharded
-                return jnp.sum(_widen(x) * _widen(y), axis=tuple(range(1, jnp.ndim(x))))
-            return _stable.contract("kn,kn->k", _rows(x), _rows(y))
+            if jax.device_count() == 1 and jax.typeof(x).sharding.mesh.empty:
+                return _stable.contract("kn,kn->k", rows_of(x), rows_of(y))
+            return jnp.sum(_widen(x) * _widen(y), axis=tuple(range(1, jnp.ndim(x))))
 
         leaves = jax.tree.leaves(jax.tree.map(dots, a, b))
         return sum(leaves, start=jnp.zeros((), jnp.float32))
@@ -310,9 +310,9 @@ def _place(loop: str, matvec: Matvec, rhs: PyTree) -> str:
     return "host" if convolves(closed) and not traced else "device"
 
 
-def _rows(x: Array) -> Array:
-    """(K, ...) as (K, n)."""
-    return x.reshape(x.shape[0], _stable.size_of(x.shape[1:]))
+def rows_of(x: Array) -> Array:
+    """(K, ...) as (K, n); as it is where an axis may be sharded, since merging it would gather."""
+    return x if jax.device_count() > 1 else x.reshape(x.shape[0], _stable.size_of(x.shape[1:]))
 
 
 def _along(s: Array, x: Array) -> Array:

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree
 
 from jaxunlearn import tree
 from jaxunlearn.kernels._checks import check_number, concrete
-from jaxunlearn.kernels.solves.block import placed
+from jaxunlearn.kernels._programs import compiled_once
+from jaxunlearn.kernels.solves.block import placed, stacked
 from jaxunlearn.kernels.solves.common import (
     Matvec,
     Solution,
@@ -44,9 +44,8 @@ def cholesky(*, max_dimension: int = 4096, many: bool = False) -> Solver:
 
     Returns:
       A function (matvec, rhs, *, x0=None, key=None) -> `Solution`; neither `x0` nor `key` is read.
-      `negative_curvature` when
-      the matrix is not positive definite, and then x is zero. `num_iterations` is the dimension.
-      Computes in float32 or wider.
+      `negative_curvature` when the matrix is not positive definite, and then x is zero.
+      `num_iterations` is the dimension. Computes in float32 or wider.
 
     Cost: as many products as there are unknowns, and one for the residual (K with `many`).
 
@@ -57,42 +56,41 @@ def cholesky(*, max_dimension: int = 4096, many: bool = False) -> Solver:
     Array([1., 2.], dtype=float32)
     """
     check_count("max_dimension", max_dimension)
-    space = Space(many)
 
     def solve(matvec: Matvec, rhs: PyTree, *, x0=None, key=None) -> Solution:
         del x0, key
         if many:
             check_stack(rhs)
-        system = problem(space, as_function(matvec), rhs, None, 0.0)
-        one = jax.tree.map(lambda leaf: leaf[0], system.residual) if many else system.residual
-        size = tree.num_parameters(one)
+        size = tree.num_parameters(rhs) // (len(jax.tree.leaves(rhs)[0]) if many else 1)
         if size > max_dimension:
             raise ValueError(
                 f"Expected at most max_dimension={max_dimension} unknowns, got {size}. "
                 "Use cg, or raise max_dimension."
             )
-        units = placed(_units, one, like=one, template=_stacked)
-        columns = system.product(units) if many else jax.vmap(system.product)(units)
-        back = functools.partial(_solved, many)
-        template = lambda vectors, small: (vectors, small)
-        residual = system.residual
-        x, indefinite = placed(back, columns, residual, like=residual, template=template)
-        iterations = zeros(space, system.rhs, jnp.int32) + size
-        return system.solution(x, iterations, zeros(space, system.rhs, bool) | indefinite)
+        return compiled_once(functools.partial(_cholesky, many, as_function(matvec)), rhs)
 
     return solve
+
+
+def _cholesky(many: bool, matvec: Matvec, rhs: PyTree) -> Solution:
+    """The solution by the columns of the matrix."""
+    space = Space(many)
+    system = problem(space, matvec, rhs, None, 0.0)
+    one = jax.tree.map(lambda leaf: leaf[0], system.residual) if many else system.residual
+    units = placed(_units, one, like=one, template=stacked)
+    columns = system.product(units) if many else jax.vmap(system.product)(units)
+    back = functools.partial(_solved, many)
+    template = lambda vectors, small: (vectors, small)
+    residual = system.residual
+    x, indefinite = placed(back, columns, residual, like=residual, template=template)
+    iterations = zeros(space, system.rhs, jnp.int32) + tree.num_parameters(one)
+    return system.solution(x, iterations, zeros(space, system.rhs, bool) | indefinite)
 
 
 def _units(one: PyTree) -> PyTree:
     """The unit vectors like `one`, stacked in the order of its leaves."""
     flat, unravel = ravel_pytree(one)
     return jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype))
-
-
-def _stacked(vectors: PyTree, small: PartitionSpec) -> PyTree:
-    """Specs of stacks of vectors from those of vectors."""
-    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
-    return jax.tree.map(lambda spec: PartitionSpec(None, *spec), vectors, is_leaf=is_spec)
 
 
 def _solved(many: bool, columns: PyTree, residual: PyTree) -> tuple[PyTree, Array]:

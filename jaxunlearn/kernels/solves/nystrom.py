@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jaxunlearn.kernels._checks import check_number
-from jaxunlearn.kernels.solves.block import STACK, gram, mix, orthonormal
+from jaxunlearn.kernels.solves.block import STACK, gram, mix, orthonormal, placed, stacked
 from jaxunlearn.kernels.solves.common import (
     Matvec,
     Solution,
@@ -45,7 +45,11 @@ class NystromApproximation:
 
     def product(self, vector: PyTree) -> PyTree:
         """U diag(eigenvalues) U' v."""
-        return like(_combine(self, self.eigenvalues * self._coordinates(vector)), vector)
+
+        def product(self, vector):
+            return like(_combine(self, self.eigenvalues * self._coordinates(vector)), vector)
+
+        return placed(product, self, vector, like=vector, template=_like_vector)
 
     def inverse(self, damping: float | Array) -> Matvec:
         """v -> (U diag(eigenvalues) U' + damping I)^-1 v, near that of A + damping I."""
@@ -92,12 +96,13 @@ class NystromApproximation:
     def _function(self, inside: Array, outside: float | Array) -> Matvec:
         """v -> U diag(inside) U' v + outside (I - U U') v."""
 
-        def apply(vector: PyTree) -> PyTree:
+        def apply(self, inside, outside, vector: PyTree) -> PyTree:
             pulled = _combine(self, (inside - outside) * self._coordinates(vector))
             moved = jax.tree.map(lambda v, p: outside * v + p, widened(vector), pulled)
             return like(moved, as_vector(vector))
 
-        return apply
+        operands = self, inside, outside
+        return lambda vector: placed(apply, *operands, vector, like=vector, template=_like_vector)
 
 
 def nystrom(
@@ -124,7 +129,7 @@ def nystrom(
     Returns:
       A `NystromApproximation`.
 
-    Cost: `rank` products, 20 n rank^2 operations, and four eigendecompositions of size rank.
+    Cost: `rank` products, 28 n rank^2 operations, and seven decompositions of size rank.
     Memory: three times rank copies of the vector.
 
     Raises:
@@ -146,18 +151,22 @@ def nystrom(
     size = sum(leaf.size for leaf in leaves)
     if not 1 <= rank <= size:
         raise ValueError(f"Expected 1 <= rank={rank} <= {size}, the number of unknowns.")
-    keys = jax.random.split(key, len(leaves))
     wide = [jnp.promote_types(leaf.dtype, jnp.float32) for leaf in leaves]
-    draws = [jax.random.normal(k, (rank, *v.shape), d) for k, v, d in zip(keys, leaves, wide)]
-    omega, _ = orthonormal(jax.tree.unflatten(treedef, draws), 2)
-    omega = like(omega, vector)
+
+    def draw(_, keys):
+        draws = [jax.random.normal(k, (rank, *v.shape), d) for k, v, d in zip(keys, leaves, wide)]
+        return like(orthonormal(jax.tree.unflatten(treedef, draws), 2)[0], vector)
+
+    omega = placed(draw, vector, jax.random.split(key, len(leaves)), like=vector, template=stacked)
     matvec = as_function(matvec)
     sketch = widened(matvec(omega) if many else jax.vmap(matvec)(omega))
-    return _decompose(widened(omega), sketch, size)
+    template = lambda vectors, small: NystromApproximation(stacked(vectors, small), small, small)
+    decompose = functools.partial(_decompose, size)
+    return placed(decompose, widened(omega), sketch, like=vector, template=template)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _decompose(omega: PyTree, sketch: PyTree, size: int) -> NystromApproximation:
+@functools.partial(jax.jit, static_argnums=0)
+def _decompose(size: int, omega: PyTree, sketch: PyTree) -> NystromApproximation:
     """Eigenvalues and vectors of Y (Omega' Y)^+ Y', shifted and shifted back."""
     norm = jnp.sqrt(jnp.sum(STACK.norm(sketch) ** 2))
     eps = jnp.finfo(norm.dtype).eps
@@ -206,8 +215,13 @@ def jacobi(diagonal: PyTree, *, damping: float | Array = 0.0) -> Matvec:
 
 def _combine(approximation: NystromApproximation, coordinates: Float[Array, " rank"]) -> PyTree:
     """U c."""
-    stacked = mix(coordinates[None, :], approximation.vectors)
-    return jax.tree.map(lambda leaf: leaf[0], stacked)
+    combined = mix(coordinates[None, :], approximation.vectors)
+    return jax.tree.map(lambda leaf: leaf[0], combined)
+
+
+def _like_vector(vectors: PyTree, small) -> PyTree:
+    """Specs of a vector."""
+    return vectors
 
 
 def _pairs(a: PyTree, b: PyTree):
