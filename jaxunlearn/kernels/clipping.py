@@ -18,7 +18,7 @@ from jaxunlearn.kernels import _operations, _stable
 from jaxunlearn.kernels._meshes import in_automatic_axes, row_specs, shapes_of, specs_of
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
 from jaxunlearn.kernels.factors import Dense, cleaned
-from jaxunlearn.kernels.microbatches import check_size, over_microbatches
+from jaxunlearn.kernels.microbatches import check_size, over_microbatches, unit_sizes
 from jaxunlearn.kernels.per_example import checked_loss, hashable, padding_of
 from jaxunlearn.kernels.rowwise import check_params, num_rows_of
 from jaxunlearn.types import Params
@@ -144,7 +144,10 @@ def clipped_grad(
       A `BoundedSensitivityCallable` with the arguments of `fun`, and `is_padding_example=`, bool of
       shape (B,), for rows that contribute zero. It returns the gradients, or (gradients,
       `AuxiliaryOutput`) if `has_aux`, `return_values` or `return_grad_norms`. It is jitted, and may
-      be jitted again; a second call does not compile again, also at another clip norm.
+      be jitted again; a second call does not compile again, also at another clip norm. With
+      `units_of_rows=`, `num_units=` and `max_rows_per_unit=`, as in `microbatched`, the sum of a
+      unit's gradients is clipped, the sensitivity is that of a unit, figures are (num_units,), and
+      `aux` is None.
 
     Rows that `fun` couples (BatchNorm in training mode, token counts over the batch) show in no
     trace, since a row is seen alone: run `check_loss` once, eagerly.
@@ -181,10 +184,16 @@ def clipped_grad(
         spmd_axis_name,
     )
 
-    def clipped(*args, is_padding_example=None, **kwargs):
+    def clipped(
+        *args, is_padding_example=None, units_of_rows=None, num_units=None, max_rows_per_unit=None,
+        **kwargs,
+    ):  # fmt: skip
         operands = call.split(args, kwargs)
-        padding = padding_of(is_padding_example, None, num_rows_of(operands[1]))
-        return _clipped(plan, *operands, padding, _lowered_clip(operands[0], l2_clip_norm))
+        num_rows, clip = num_rows_of(operands[1]), _lowered_clip(operands[0], l2_clip_norm)
+        padding = padding_of(is_padding_example, None, num_rows)
+        said = units_of_rows, num_units, max_rows_per_unit
+        sizes = unit_sizes(*said, num_rows, plan.microbatch_size)
+        return _clipped(plan, sizes, *operands, padding, units_of_rows, clip)
 
     bound = _over(1.0 if rescale_to_unit_norm else l2_clip_norm, normalize_by)
     return BoundedSensitivityCallable(clipped, bound, any(plan.wanted))
@@ -293,17 +302,19 @@ class Plan:
         return leaf[:, 0] if has_unit_axis else leaf
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _clipped(plan: Plan, params, rows, keys, shared, padding, l2_clip_norm):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _clipped(
+    plan: Plan, sizes, params, rows, keys, shared, padding, units_of_rows, l2_clip_norm
+):  # fmt: skip
     """The clipped sum, and the figures per example if any is wanted."""
 
     def clipped(*operands):
         consume = functools.partial(plan.consume, operands[-1])
         options = {"spmd_axis_name": plan.spmd_axis_name}
-        rest = operands[:-1]
-        return over_microbatches(plan.call, consume, plan.microbatch_size, *rest, **options)
+        first = plan.call, consume, plan.microbatch_size, sizes
+        return over_microbatches(*first, *operands[:-1], **options)
 
-    operands = params, rows, keys, shared, padding, l2_clip_norm
+    operands = params, rows, keys, shared, padding, units_of_rows, l2_clip_norm
 
     def specs():
         placed = row_specs(shapes_of(clipped, *operands), rows)

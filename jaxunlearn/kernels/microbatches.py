@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from jaxunlearn.kernels import units
 from jaxunlearn.kernels._meshes import placed_as_rows
 from jaxunlearn.kernels._primitives import convolves
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
@@ -46,12 +47,21 @@ def microbatched(
 
     Returns:
       A function with the arguments of what `per_example` returns -> (added, stacked) of the whole
-      batch. It is jitted, and may be jitted again; make it once, not in every step.
+      batch. It is jitted, and may be jitted again; make it once, not in every step. With
+      `units_of_rows=`, `num_units=` and `max_rows_per_unit=`, those of
+      `PerExampleGradients.by_unit`, `consume` sees the gradients of units, and figures are stacked
+      to (num_units, ...). Rows of a unit may stand anywhere in the batch: a microbatch is
+      microbatch_size // max_rows_per_unit whole units. In a trace a unit with more rows that are
+      not padding than that is not finite.
 
-    Cost: that of `consume` for all rows. Microbatches after the last row that is not padding are
-    skipped. A loop of XLA's runs them, except on CPU where the model convolves: XLA is 20 to 50
-    times slower with a convolution inside a loop there, so the microbatches are written out one
-    after the other, and compile time grows with their number.
+    Cost: that of `consume` for all rows; with units, of num_units * max_rows_per_unit rows.
+    Microbatches after the last row that is not padding are skipped. A loop of XLA's runs them,
+    except on CPU where the model convolves: XLA is 20 to 50 times slower with a convolution inside
+    a loop there, so the microbatches are written out one after the other, and compile time grows
+    with their number.
+
+    Raises:
+      ValueError: a microbatch that holds no row, or no whole unit; units as for `by_unit`.
 
     >>> import jax.numpy as jnp
     >>> both = lambda grads: (grads.clipped_sum(5.0), grads.norms())
@@ -62,15 +72,29 @@ def microbatched(
     microbatch_size = check_size(microbatch_size)
     row_loss = BatchOfOne(hashable(loss_fn), has_aux)
 
-    @jax.jit
-    def run(params, batch, keys, padding):
-        step = functools.partial(over_microbatches, row_loss, consume, microbatch_size)
-        return placed_as_rows(step, params, batch, keys, None, padding, batch=batch)
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(sizes, params, batch, keys, padding, units_of_rows):
+        step = functools.partial(over_microbatches, row_loss, consume, microbatch_size, sizes)
+        operands = params, batch, keys, None, padding, units_of_rows
+        return placed_as_rows(step, *operands, batch=batch)
 
-    def figures(params: Params, batch: Batch, *, keys=None, is_padding_example=None, ids=None):
+    def figures(
+        params: Params,
+        batch: Batch,
+        *,
+        keys=None,
+        is_padding_example=None,
+        ids=None,
+        units_of_rows=None,
+        num_units: int | None = None,
+        max_rows_per_unit: int | None = None,
+    ):
         check_operands(loss_fn, params, batch, keys)
-        padding = padding_of(is_padding_example, ids, num_rows_of(batch))
-        return run(params, batch, keys, padding)
+        num_rows = num_rows_of(batch)
+        padding = padding_of(is_padding_example, ids, num_rows)
+        said = units_of_rows, num_units, max_rows_per_unit
+        sizes = unit_sizes(*said, num_rows, microbatch_size)
+        return run(sizes, params, batch, keys, padding, units_of_rows)
 
     return figures
 
@@ -88,44 +112,83 @@ def check_size(microbatch_size) -> int:
     return size
 
 
+def unit_sizes(
+    units_of_rows, num_units, max_rows, num_rows: int, microbatch_size: int | None
+) -> tuple[int, int] | None:
+    """(units, rows of one at most), or None where rows are their own units."""
+    if (units_of_rows is None) != (num_units is None) or (units_of_rows is None and max_rows):
+        raise ValueError("Expected units_of_rows= and num_units= together, or none of them.")
+    if units_of_rows is None:
+        return None
+    most = units.check(units_of_rows, num_rows, num_units, max_rows)
+    if microbatch_size is not None and most > microbatch_size:
+        raise ValueError(
+            f"Expected microbatch_size={microbatch_size} >= {most}, the rows of one unit: a "
+            "microbatch holds whole units. Say max_rows_per_unit= if units are traced."
+        )
+    return num_units, most
+
+
 def over_microbatches(
     row_loss: Callable,
     consume: Consume,
     microbatch_size: int | None,
+    sizes: tuple[int, int] | None,
     params: Params,
     rows: Batch,
     keys,
     shared,
     padding: Array | None,
+    units_of_rows: Array | None,
     *,
     spmd_axis_name: Any = None,
 ) -> tuple[PyTree, PyTree]:
-    """`consume` over all rows, in microbatches where there is more than one. Trace it."""
+    """`consume` over all rows, in microbatches where there is more than one. Trace it.
+
+    sizes: of `unit_sizes`.
+    """
     num_rows = num_rows_of(rows)
 
-    def one(part):
-        rows, keys, padding = part
-        gradients = evaluate_rows(
-            row_loss, params, rows, keys, shared, padding, spmd_axis_name=spmd_axis_name
-        )
-        return consume(gradients)
+    def gradients(rows, keys, padding):
+        operands = row_loss, params, rows, keys, shared, padding
+        return evaluate_rows(*operands, spmd_axis_name=spmd_axis_name)
 
-    if microbatch_size is None or microbatch_size >= num_rows:
-        return one((rows, keys, padding))
-    num_parts = -(-num_rows // microbatch_size)
-    missing = num_parts * microbatch_size - num_rows
-    if padding is None and missing:
-        padding = jnp.zeros((num_rows,), bool)
-    operands = _filled_up((rows, keys), missing, False), _filled_up(padding, missing, True)
-    (rows, keys), padding = operands
-    parts = jax.tree.map(
-        lambda leaf: leaf.reshape(num_parts, microbatch_size, *leaf.shape[1:]),
-        (rows, keys, padding),
+    def of_rows(part):
+        return consume(gradients(*part))
+
+    def of_units(part):
+        places, fits, padding = part
+        rest = places == num_rows if padding is None else (places == num_rows) | padding[:, None]
+        index, rest = (places * ~rest).ravel(), rest.ravel()
+        own_rows, own_keys = jax.tree.map(lambda leaf: leaf[index], (rows, keys))
+        return consume(units.side_by_side(gradients(own_rows, own_keys, rest), fits, padding))
+
+    if microbatch_size is None or microbatch_size >= num_rows or (sizes and not sizes[0]):
+        if sizes is None:
+            return of_rows((rows, keys, padding))
+        merged = units.merge(gradients(rows, keys, padding), jnp.asarray(units_of_rows), *sizes)
+        return consume(merged)
+    in_parts = functools.partial(
+        _in_parts, convolving=_convolves_on_cpu(row_loss, params, rows, keys, shared)
     )
-    first = jax.tree.map(lambda leaf: leaf[0], parts)
-    loop = _written_out if _convolves_on_cpu(row_loss, params, first, shared) else _looped
-    added, stacked = loop(one, parts, num_parts)
-    joined = lambda leaf: leaf.reshape(num_parts * microbatch_size, *leaf.shape[2:])[:num_rows]
+    if sizes is None:
+        return in_parts(of_rows, (rows, keys), padding, num_rows, microbatch_size)
+    table = units.table_of(jnp.asarray(units_of_rows), padding, *sizes)
+    return in_parts(of_units, table, None, sizes[0], microbatch_size // sizes[1])
+
+
+def _in_parts(step, operands, padding, count: int, size: int, *, convolving: bool):
+    """`step` over parts (*operands, padding) of some size each; figures of `count`."""
+    num_parts = -(-count // size)
+    missing = num_parts * size - count
+    if padding is None and missing:
+        padding = jnp.zeros((count,), bool)
+    parts = jax.tree.map(
+        lambda leaf: leaf.reshape(num_parts, size, *leaf.shape[1:]),
+        (*_filled_up(operands, missing, False), _filled_up(padding, missing, True)),
+    )
+    added, stacked = (_written_out if convolving else _looped)(step, parts, num_parts)
+    joined = lambda leaf: leaf.reshape(num_parts * size, *leaf.shape[2:])[:count]
     return added, jax.tree.map(joined, stacked)
 
 
@@ -139,11 +202,11 @@ def _filled_up(tree: PyTree, missing: int, fill_with: bool) -> PyTree:
     return jax.tree.map(fill, tree) if missing else tree
 
 
-def _convolves_on_cpu(row_loss, params, part, shared) -> bool:
+def _convolves_on_cpu(row_loss, params, rows, keys, shared) -> bool:
     """Whether XLA would have to run convolutions inside a loop on CPU."""
     if jax.default_backend() != "cpu":
         return False
-    row = jax.tree.map(lambda leaf: leaf[0], part[:2])
+    row = jax.tree.map(lambda leaf: leaf[0], (rows, keys))
     return convolves(jax.make_jaxpr(row_loss)(params, *row, shared))
 
 

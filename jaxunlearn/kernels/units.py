@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._meshes import placed_as_rows
@@ -119,6 +119,32 @@ def _merge(grads, units_of_rows, num_units: int, max_rows: int) -> "PerExampleGr
         is_padding=None,
         aux=None,
     )
+
+
+def table_of(
+    units_of_rows: Int[Array, " b"], padding, num_units: int, max_rows: int
+) -> tuple[Array, Array]:
+    """`_table` of the rows that are not padding; a unit whose rows do not fit has none in it."""
+    counts = (units_of_rows >= 0) & (units_of_rows < num_units)
+    counts = counts if padding is None else counts & ~padding
+    table, fits = _table(jnp.where(counts, units_of_rows, num_units), num_units, max_rows)
+    return jnp.where(fits[:, None], table, units_of_rows.shape[0]), fits
+
+
+def side_by_side(
+    grads: "PerExampleGradients", fits: Bool[Array, " u"], padding: Bool[Array, " u"] | None
+) -> "PerExampleGradients":
+    """The gradients of units whose rows follow one another, as many for each.
+
+    fits: a unit that does not is not finite.  padding: units that are none.
+    """
+    num_units, num_rows = fits.shape[0], grads.losses.shape[0]
+    max_rows = num_rows // num_units
+    merged = merge(grads, jnp.arange(num_rows) // max_rows, num_units, max_rows)
+    is_finite = merged.is_finite & fits if padding is None else merged.is_finite & fits | padding
+    num_non_finite = jnp.sum(~is_finite, dtype=jnp.int32)
+    options = {"is_padding": padding, "is_finite": is_finite, "num_non_finite": num_non_finite}
+    return dataclasses.replace(merged, **options)
 
 
 def _table(places: Int[Array, " b"], num_units: int, max_rows: int) -> tuple[Array, Array]:

@@ -160,3 +160,103 @@ def test_any_integer_is_a_microbatch_size():
     for size in (3.0, True, np.bool_(True), "3"):
         with pytest.raises(ValueError, match="integer microbatch_size"):
             kernels.microbatched(loss_fn, figures, microbatch_size=size)
+
+
+# --- units ----------------------------------------------------------------------------------------
+
+UNITS, NUM_UNITS = np.array([0, 2, 0, 3, -1, 0, 2]), 5
+SPOILT, PADDING = 1, 5  # a row of unit 2 that is not finite, and one of unit 0 that is none
+
+
+def of_units(grads):
+    shown = {"norms": grads.norms(), "losses": grads.losses, "is_finite": grads.is_finite}
+    return (grads.clipped_sum(0.1), jnp.sum(grads.contributes)), shown
+
+
+def unit_oracle(loss_fn, params, batch, rows):
+    """What `of_units` gives, from the gradients of some rows, each by itself."""
+    one = jax.jit(jax.value_and_grad(loss_fn))
+    grads, losses = np.zeros((NUM_UNITS, params["w"].size)), np.zeros(NUM_UNITS)
+    for row in rows:
+        if UNITS[row] >= 0:
+            loss, grad = one(params, batch[row : row + 1])
+            grads[UNITS[row]] += np.asarray(grad["w"], np.float64).ravel()
+            losses[UNITS[row]] += loss
+    norms = np.linalg.norm(grads, axis=1)
+    clipped = np.minimum(1, 0.1 / np.where(norms > 0, norms, 1)) @ grads
+    shown = {"norms": norms, "losses": losses, "is_finite": np.ones(NUM_UNITS, bool)}
+    return ({"w": clipped.reshape(params["w"].shape)}, NUM_UNITS), shown
+
+
+@pytest.mark.parametrize(
+    ("name", "microbatch_size"),
+    [("dense", 3), ("dense", 6), pytest.param("convolving", 4, marks=pytest.mark.slow)],
+)
+def test_units_that_straddle_microbatches_are_the_sums_of_their_rows(name, microbatch_size):
+    loss_fn, params, batch = CASES[name]
+    batch = 3 * batch
+    rows = [row for row in range(NUM_ROWS) if row not in (SPOILT, PADDING)]
+    spoilt = batch.at[np.array([SPOILT, PADDING])].set(jnp.nan)
+    step = kernels.microbatched(loss_fn, of_units, microbatch_size=microbatch_size)
+    padding = jnp.arange(NUM_ROWS) == PADDING
+    units = {"num_units": NUM_UNITS, "max_rows_per_unit": 3, "is_padding_example": padding}
+    got = step(params, spoilt, units_of_rows=UNITS, **units)
+    want = unit_oracle(loss_fn, params, batch, rows)
+    assert np.max(want[1]["norms"]) > 0.1
+    assert_alike(got, want)
+    order = np.random.default_rng(0).permutation(NUM_ROWS)
+    moved = {**units, "is_padding_example": padding[order], "units_of_rows": UNITS[order]}
+    assert_alike(step(params, spoilt[order], **moved), want)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_a_clipped_gradient_of_units_clips_their_sums(microbatch_size):
+    loss_fn, params, batch = CASES["dense"]
+    grad = kernels.clipped_grad(
+        loss_fn, l2_clip_norm=0.1, return_values=True, return_grad_norms=True,
+        microbatch_size=microbatch_size,
+    )  # fmt: skip
+    total, figures = grad(params, 3 * batch, units_of_rows=jnp.asarray(UNITS), num_units=NUM_UNITS)
+    (clipped, _), want = unit_oracle(loss_fn, params, 3 * batch, range(NUM_ROWS))
+    assert_alike(total, clipped)
+    assert_alike(figures.grad_norms, want["norms"])
+    assert_alike(figures.values, want["losses"])
+    assert grad.sensitivity() == 0.1
+
+
+def test_a_traced_unit_with_too_many_rows_contributes_nothing():
+    loss_fn, params, batch = CASES["dense"]
+    step = kernels.microbatched(loss_fn, of_units, microbatch_size=2)
+    sizes = {"num_units": NUM_UNITS, "max_rows_per_unit": 2}
+    call = jax.jit(lambda units: step(params, 3 * batch, units_of_rows=units, **sizes))
+    (_, count), shown = call(UNITS)
+    want = unit_oracle(loss_fn, params, 3 * batch, range(NUM_ROWS))[1]
+    assert shown["is_finite"].tolist() == [False, True, True, True, True]
+    assert int(count) == NUM_UNITS - 1
+    assert_alike(shown["norms"], np.where(np.arange(NUM_UNITS) == 0, 0, want["norms"]))
+
+
+def test_units_that_no_microbatch_holds_are_refused():
+    loss_fn, params, batch = CASES["dense"]
+    step = kernels.microbatched(loss_fn, of_units, microbatch_size=2)
+    with pytest.raises(ValueError, match="microbatch_size=2 >= 3, the rows of one unit"):
+        step(params, batch, units_of_rows=UNITS, num_units=NUM_UNITS)
+    with pytest.raises(ValueError, match="units_of_rows= and num_units= together"):
+        step(params, batch, units_of_rows=UNITS)
+    with pytest.raises(ValueError, match="units_of_rows= and num_units= together"):
+        step(params, batch, max_rows_per_unit=2)
+
+
+def test_microbatches_of_units_bound_the_memory():
+    """256 units of two rows, and factors of 8 x 256 floats a row and side."""
+    params, x = {"w": normal(0, 256, 256)}, jnp.ones((512, 8, 256))
+    units = jnp.arange(512) % 256
+    sizes = {"num_units": 256, "max_rows_per_unit": 2}
+
+    def memory(microbatch_size):
+        options = {"l2_clip_norm": 1.0, "microbatch_size": microbatch_size}
+        grad = kernels.clipped_grad(dense, **options)
+        step = jax.jit(lambda p, x, units: grad(p, x, units_of_rows=units, **sizes))
+        return step.lower(params, x, units).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(8) < 0.1 * memory(None)
