@@ -20,6 +20,7 @@ from jaxunlearn.kernels._checks import check_number
 from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
 from jaxunlearn.kernels._operands import as_params, check_left_out, check_like, left_out
 from jaxunlearn.kernels._programs import compiled_once
+from jaxunlearn.kernels._stable import widen
 from jaxunlearn.kernels.rowwise import (
     as_weights,
     check_rows,
@@ -119,12 +120,12 @@ def products(
         def row_by_row(_):
             weights = jnp.ones((num_rows_of(batch),))
             sums = summed(params, batch, weights, None, vectors, at_once)
-            means = jax.tree.map(lambda leaf: leaf / max(1, len(weights)), _wide(sums))
+            means = jax.tree.map(lambda leaf: leaf / max(1, len(weights)), widen(sums))
             return jax.tree.map(finish, means, vectors)
 
         mean, linear = whole(params, batch)
         linear = _cpu.linear(linear)
-        finished = lambda v: jax.tree.map(finish, _wide(linear(v)), v)
+        finished = lambda v: jax.tree.map(finish, widen(linear(v)), v)
         usual = over_tangents(finished, vectors, at_once)
         seen = [mean, *filter(is_inexact, jax.tree.leaves(batch))]
         bad = not_finite(lax.stop_gradient(seen))
@@ -157,13 +158,13 @@ def driven(
     def total(params, batch, weights, keys, vectors, at_once):
         size = options.microbatch_size
         if size is None or size >= len(weights):
-            return _wide(summed_at(at_once)(params, batch, weights, keys, vectors))
+            return widen(summed_at(at_once)(params, batch, weights, keys, vectors))
 
         def body(sums, chunk):
             more = summed_at(at_once)(params, *chunk, vectors)
-            return jax.tree.map(jnp.add, sums, _wide(more)), None
+            return jax.tree.map(jnp.add, sums, widen(more)), None
 
-        start = jax.tree.map(jnp.zeros_like, _wide(vectors))
+        start = jax.tree.map(jnp.zeros_like, widen(vectors))
         return lax.scan(body, start, _chunked((batch, weights, keys), size))[0]
 
     def own_share(params, batch, weights, keys, vectors, rows, at_once):
@@ -177,7 +178,7 @@ def driven(
             stacked = jax.tree.map(lambda leaf: leaf[None], vector)
             return jax.tree.map(lambda leaf: leaf[0], summed_at(1)(params, *operands, stacked))
 
-        return _wide(over_tangents(one, (rows, vectors), at_once))
+        return widen(over_tangents(one, (rows, vectors), at_once))
 
     def many(params, batch, vectors, *, weights=None, num_rows=None, keys=None, leave_out=None):
         num_all = num_rows_of(batch)
@@ -283,9 +284,7 @@ def not_finite(leaves: list[Array]) -> Bool[Array, ""]:
     One answer for a whole batch, since a branch on an answer for each would take both sides.
     """
     # Zero times an entry is zero unless it is not finite; XLA on CPU is slow to look at each.
-    totals = [
-        jnp.sum(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) * 0) for leaf in leaves
-    ]
+    totals = [jnp.sum(widen(leaf) * 0) for leaf in leaves]
     return ~jnp.isfinite(sum(totals, start=jnp.zeros(())))
 
 
@@ -293,11 +292,6 @@ def not_finite(leaves: list[Array]) -> Bool[Array, ""]:
 def _not_finite_in_any(axis_size, in_batched, leaves):
     del axis_size, in_batched
     return not_finite(leaves), False
-
-
-def _wide(tree):
-    """Leaves in float32 or wider: sums over microbatches do not round to bf16."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def _without(weights, leave_out):

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxunlearn import errors
 from jaxunlearn.kernels._checks import concrete
-from jaxunlearn.kernels.rowwise import check_params, widened
+from jaxunlearn.kernels._stable import widen
+from jaxunlearn.kernels.rowwise import check_params
 from jaxunlearn.types import Params
 
 _REAL = (np.bool_, np.integer, np.floating)
@@ -92,7 +93,7 @@ def mean_loss(name: str, value: Any) -> Float[Array, ""]:
         raise errors.LossSignatureError(
             f"Expected {name} to return a floating-point number, got {jnp.result_type(value)}."
         )
-    return widened(jnp.asarray(value))
+    return widen(value)
 
 
 def check_left_out(leave_out: Any, num_rows: int, num_vectors: int) -> None:

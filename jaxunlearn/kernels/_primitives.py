@@ -1,5 +1,6 @@
 """Which primitives a jaxpr is made of."""
 
+from collections.abc import Iterator
 from typing import Any
 
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -8,11 +9,16 @@ CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 
 def convolves(closed: Any) -> bool:
     """Whether `closed`, or a jaxpr inside it, convolves: XLA loops on CPU do that slowly."""
+    return any(eqn.primitive.name == "conv_general_dilated" for eqn, _ in equations(closed))
+
+
+def equations(closed: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Every equation of `closed` and of the jaxprs inside it, each with those inside itself."""
     for eqn in getattr(closed, "jaxpr", closed).eqns:
         inner = [jaxpr for value in eqn.params.values() for jaxpr in jaxprs_in(value)]
-        if eqn.primitive.name == "conv_general_dilated" or any(map(convolves, inner)):
-            return True
-    return False
+        yield eqn, inner
+        for jaxpr in inner:
+            yield from equations(jaxpr)
 
 
 def jaxprs_in(value: Any) -> list[Any]:

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxunlearn import errors
-from jaxunlearn.kernels.rowwise import finite_rows, row_losses, widened
+from jaxunlearn.kernels._stable import widen
+from jaxunlearn.kernels.rowwise import finite_rows, row_losses
 from jaxunlearn.types import Batch, LossFn, Params
 
 
 def weighted_total(losses: Float[Array, " b"], weights: Float[Array, " b"]) -> Float[Array, ""]:
     """sum_i w_i loss_i; a loss that is not finite gets no cotangent."""
-    losses = widened(losses)
+    losses = widen(losses)
     return jnp.sum(jnp.where(jnp.isfinite(losses), weights * losses, 0.0))
 
 

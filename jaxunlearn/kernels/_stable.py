@@ -9,10 +9,11 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 SLACK = 16
 """Roundings granted to square roots, products and scalings, whose number never depends on sizes."""
@@ -27,6 +28,11 @@ _BITS = {"float32": (jnp.int32, 23, 127), "float64": (jnp.int64, 52, 1023)}
 def widened(*arrays: Array) -> jnp.dtype:
     """The dtype to accumulate in: float32, or wider where an operand is."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def widen(tree: PyTree) -> PyTree:
+    """Leaves in float32 or wider: sums of a bfloat16 model do not round to bfloat16."""
+    return jax.tree.map(lambda x: jnp.asarray(x, widened(x)), tree)
 
 
 def unit_roundoff(dtype) -> float:

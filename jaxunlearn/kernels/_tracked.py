@@ -75,11 +75,6 @@ class Tracked:
         return tuple(leaves[:count]), tuple(leaves[count:])
 
 
-def widened(leaves: Sequence[Array]) -> tuple[Array, ...]:
-    """Leaves in float32 or wider: tangents of a bf16 model do not round to bf16."""
-    return tuple(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves)
-
-
 def _owned_flag(path, shape, owners) -> bool:
     """The flag of the parameter that a leaf of the state belongs to; True where it has none."""
     belongs = [

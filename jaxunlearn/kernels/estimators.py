@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxunlearn.kernels._stable import widen, widened
 from jaxunlearn.kernels.operators import LinearOperator
 
 
@@ -122,7 +123,7 @@ def _quadratic_forms(operator, key, num_probes: int) -> Float[Array, " k"]:
     """z' A z for each probe."""
     probes = _signs(operator.domain, key, num_probes)
     forms = [
-        jnp.sum((z * az).reshape(num_probes, -1).astype(_wide(az)), axis=1)
+        jnp.sum((z * az).reshape(num_probes, -1).astype(widened(az)), axis=1)
         for z, az in zip(jax.tree.leaves(probes), jax.tree.leaves(operator @ probes))
     ]
     return functools.reduce(jnp.add, forms, jnp.zeros((num_probes,)))
@@ -141,7 +142,7 @@ def _signs(domain, key, num_probes: int) -> PyTree:
 
 def _summary(samples: Float[Array, "k ..."]) -> Estimate:
     """Mean over the leading axis, and its standard error."""
-    samples = samples.astype(_wide(samples))
+    samples = widen(samples)
     return Estimate(
         jnp.mean(samples, axis=0), jnp.std(samples, axis=0, ddof=1) / len(samples) ** 0.5
     )
@@ -156,11 +157,6 @@ def _times(operator, rows: Float[Array, "k p"]) -> Float[Array, "k p"]:
     """The products with the rows of a matrix."""
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), operator.domain)
     return _flat(operator @ jax.vmap(ravel_pytree(zero)[1])(rows))
-
-
-def _wide(x):
-    """float32 or wider."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _check(number: int, least: int) -> None:

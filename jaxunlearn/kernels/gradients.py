@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
+from jaxunlearn.kernels._stable import widen
 from jaxunlearn.kernels.rowwise import (
     as_weights,
     check_operands,
@@ -16,7 +17,6 @@ from jaxunlearn.kernels.rowwise import (
     finite_rows,
     local_params,
     row_losses,
-    widened,
 )
 from jaxunlearn.types import Batch, LossFn, Params
 
@@ -70,7 +70,7 @@ def weighted_grad(loss_fn: LossFn, *, has_info: bool = False):
         rows = fill_rows(batch, live)
 
         def total(p):
-            losses = widened(losses_of(p, rows, keys))
+            losses = widen(losses_of(p, rows, keys))
             terms = jnp.where(live & jnp.isfinite(losses), weights * losses, 0.0)
             return jnp.sum(terms) / divisor, losses
 
@@ -140,7 +140,7 @@ def weighted_loss(loss_fn: LossFn):
         check_operands(loss_fn, params, batch, keys)
         weights = as_weights(weights)
         live = (weights != 0) & finite_rows(batch)
-        losses = widened(losses_of(params, fill_rows(batch, live), keys))
+        losses = widen(losses_of(params, fill_rows(batch, live), keys))
         count = jnp.sum(weights) if num_rows is None else jnp.asarray(num_rows, weights.dtype)
         terms = jnp.where(live & jnp.isfinite(losses), weights * losses, 0.0)
         return jnp.where(count == 0, 0.0, jnp.sum(terms) / jnp.where(count == 0, 1.0, count))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxunlearn import errors
-from jaxunlearn.kernels._primitives import jaxprs_in
+from jaxunlearn.kernels._primitives import equations
 from jaxunlearn.types import Batch, LossFn, Params
 
 
@@ -20,8 +20,12 @@ def narrowings(function, *args: Any) -> list[str]:
     ...     narrowings(lambda x: jnp.sum(x.astype(jnp.float32)), jnp.zeros(2, jnp.float64))
     ['convert_element_type to float32']
     """
-    found: list[str] = []
-    _walk(jax.make_jaxpr(function)(*args).jaxpr, found)
+    found = []
+    for eqn, inner in equations(jax.make_jaxpr(function)(*args)):
+        wide = any(_bits(atom) == 64 for atom in eqn.invars)
+        narrow = [out.aval.dtype.name for out in eqn.outvars if 0 < _bits(out) < 64]
+        if wide and narrow and not inner:
+            found.append(f"{eqn.primitive.name} to {narrow[0]}")
     return found
 
 
@@ -39,18 +43,6 @@ def check_float64(loss_fn: LossFn, params: Params, rows: Batch) -> None:
             f"rests on its gradient, got {', '.join(sorted(set(found)))}. Remove the casts (in "
             "Flax: dtype=None)."
         )
-
-
-def _walk(jaxpr: Any, found: list[str]) -> None:
-    """Collect narrowing equations, those of inner jaxprs included."""
-    for eqn in jaxpr.eqns:
-        inner = [sub for value in eqn.params.values() for sub in jaxprs_in(value)]
-        for sub in inner:
-            _walk(sub, found)
-        wide = any(_bits(atom) == 64 for atom in eqn.invars)
-        narrow = [out.aval.dtype.name for out in eqn.outvars if 0 < _bits(out) < 64]
-        if wide and narrow and not inner:
-            found.append(f"{eqn.primitive.name} to {narrow[0]}")
 
 
 def _bits(atom: Any) -> int:

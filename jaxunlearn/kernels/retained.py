@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jaxunlearn import tree
 from jaxunlearn.kernels import lbfgs
+from jaxunlearn.kernels._stable import widen
 from jaxunlearn.kernels.gradients import GradientInfo, weighted_grad
 from jaxunlearn.types import Batch, LossFn, Params
 
@@ -121,7 +122,7 @@ def retained_gradients(
         shift = displacement(params, step.cached_params)
         change = jax.tree.map(
             lambda f, gone, g: (
-                (kept_divisor * _wide(f) + _wide(gone) - divisor * _wide(g)) / num_all
+                (kept_divisor * widen(f) + widen(gone) - divisor * widen(g)) / num_all
             ),
             found,
             gone_sum(params, step.gone),
@@ -156,7 +157,7 @@ def retained_gradients(
         empty = step.num_kept == 0
 
         def leaf(g, b, gone, p):
-            rest = divisor * _wide(g) + num_all * b - _wide(gone)
+            rest = divisor * widen(g) + num_all * b - widen(gone)
             return jnp.where(empty, 0, rest / kept_divisor).astype(jnp.result_type(p))
 
         gone = gone_sum(params, step.gone)
@@ -169,7 +170,7 @@ def retained_gradients(
 
 def displacement(params: Params, cached: Params) -> Params:
     """params - cached in float32 or wider."""
-    return jax.tree.map(lambda p, c: _wide(p) - _wide(c), params, cached)
+    return jax.tree.map(lambda p, c: widen(p) - widen(c), params, cached)
 
 
 def _divisors(step: CachedStep):
@@ -219,8 +220,3 @@ def _rounding(vector: PyTree) -> Float[Array, ""]:
 
 def _norm(vector: PyTree) -> Float[Array, ""]:
     return jnp.sqrt(tree.vdot(vector, vector))
-
-
-def _wide(leaf):
-    """In float32 or wider."""
-    return jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxunlearn import errors
+from jaxunlearn.kernels._stable import widen
 from jaxunlearn.types import Batch, LossFn, Params
 
 
@@ -189,10 +190,4 @@ def local_params(params: PyTree, rows: PyTree) -> PyTree:
 
 def as_weights(weights) -> Float[Array, "b"]:
     """Weights as floats: a divisor cast to the type of a boolean mask would be one."""
-    weights = jnp.asarray(weights)
-    return weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
-
-
-def widened(losses: Float[Array, "b"]) -> Float[Array, "b"]:
-    """Losses in float32 or wider, so that a bf16 model does not sum in bf16."""
-    return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+    return widen(weights)

@@ -21,6 +21,7 @@ from jaxunlearn.kernels._blocks import (
     padded_units,
 )
 from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
+from jaxunlearn.kernels._stable import widen
 from jaxunlearn.kernels._stacks import (
     HOST,
     add_rows,
@@ -30,7 +31,7 @@ from jaxunlearn.kernels._stacks import (
     read_row,
     read_rows,
 )
-from jaxunlearn.kernels._tracked import Tracked, TrackLeaves, widened
+from jaxunlearn.kernels._tracked import Tracked, TrackLeaves
 from jaxunlearn.kernels.rowwise import (
     as_weights,
     check_rows,
@@ -38,7 +39,6 @@ from jaxunlearn.kernels.rowwise import (
     finite_rows,
     row_losses,
 )
-from jaxunlearn.kernels.rowwise import widened as widened_losses
 from jaxunlearn.types import LossFn, Params
 
 RECURSIONS = ("leave_one_out", "paper")
@@ -188,7 +188,7 @@ def state_tangents(
 
     def take(params, inner):
         tracked = Tracked.of(params, inner, track_leaves)
-        return widened(tracked.take_params(params)), widened(tracked.take_inner(inner))
+        return widen(tracked.take_params(params)), widen(tracked.take_inner(inner))
 
     def read(tangents, slot):
         return tuple(read_row(leaf, slot) for leaf in tangents)
@@ -223,14 +223,14 @@ class _Update(NamedTuple):
 
 
 def _linearised_update(apply, tracked: Tracked, params, inner, grads) -> _Update:
-    p, s = widened(tracked.take_params(params)), widened(tracked.take_inner(inner))
-    g = widened(tracked.take_params(grads))
+    p, s = widen(tracked.take_params(params)), widen(tracked.take_inner(inner))
+    g = widen(tracked.take_params(grads))
 
     def update(g, s, p):
         new = apply(
             tracked.put_params(grads, g), tracked.put_inner(inner, s), tracked.put_params(params, p)
         )
-        return widened(tracked.take(*new))
+        return widen(tracked.take(*new))
 
     return _Update(
         tracked,
@@ -260,7 +260,7 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, losses_of, tracked, params, batch, weights, slots, num_rows, keys) -> "_Rows":
-        p = widened(tracked.take_params(params))
+        p = widen(tracked.take_params(params))
         count = jnp.sum(weights) if num_rows is None else jnp.asarray(num_rows, weights.dtype)
         live = (weights != 0) & (count != 0) & finite_rows(batch)
         losses = losses_of(params, fill_rows(batch, live), keys)
@@ -271,7 +271,7 @@ class _Rows(NamedTuple):
 
         def gradient(p, counted, divisor, batch=batch, keys=keys):
             def total(p):
-                losses = widened_losses(losses_of(tracked.put_params(params, p), batch, keys))
+                losses = widen(losses_of(tracked.put_params(params, p), batch, keys))
                 return jnp.sum(jnp.where(counted != 0, counted * losses, 0)) / divisor
 
             return jax.grad(total)(p)

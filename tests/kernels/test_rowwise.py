@@ -9,7 +9,8 @@ import pytest
 
 from jaxunlearn import errors
 from jaxunlearn.kernels import example_keys, row_losses, takes_key
-from jaxunlearn.kernels.rowwise import as_weights, fill_rows, finite_rows, num_rows_of, widened
+from jaxunlearn.kernels._stable import widen
+from jaxunlearn.kernels.rowwise import as_weights, fill_rows, finite_rows, num_rows_of
 
 
 def square(params, batch):
@@ -119,10 +120,10 @@ def test_fill_rows_puts_zeros_where_nothing_is_live():
     )
 
 
-def test_widened_widens_half_precision_and_leaves_the_rest(x64):
+def test_widen_widens_half_precision_and_leaves_the_rest(x64):
     widths = {jnp.bfloat16: jnp.float32, jnp.float16: jnp.float32, jnp.float64: jnp.float64}
     for narrow, wide in widths.items():
-        assert widened(jnp.ones(2, narrow)).dtype == wide
+        assert widen(jnp.ones(2, narrow)).dtype == wide
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int32, np.uint8, jnp.bfloat16])

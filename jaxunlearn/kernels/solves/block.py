@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
+from jaxunlearn.kernels._stable import widen
 from jaxunlearn.kernels.solves.common import (
     Matvec,
     Problem,
@@ -20,7 +21,6 @@ from jaxunlearn.kernels.solves.common import (
     iterate,
     iterative,
     rows_of,
-    widened,
     zeros,
 )
 
@@ -59,9 +59,11 @@ def block_cg(
         C <- C T,  P <- M^-1 Q + T' P,  D = (P A P')^-1
 
     Takes fewer iterations than `cg(many=True)` where outlying eigenvalues take single vectors long
-    to find, and each costs more arithmetic on vectors. Never more in exact arithmetic; in float32,
-    on random systems of condition 1e2 to 1e6 with 4 to 16 sides, 0.02 to 0.35 of them, and a
-    residual no larger than twice the one that `cg` reaches.
+    to find, and each costs more arithmetic on vectors. Never more in exact arithmetic. In float32,
+    on random systems of 256 unknowns with eigenvalues in geometric progression or a dozen outliers:
+    at condition 1e2 and 1e4, 0.60 to 0.88 of them with 4 sides and 0.13 to 0.42 with 16, and a
+    residual of at most 1.5 times the one that `cg` reaches. At condition 1e6 neither reaches 1e-2:
+    0.1 to 0.6 in geometric progression, but up to 1.3 and three times the residual with outliers.
 
     Args:
       tol, max_iterations, preconditioner, loop: as for `cg(many=True)`; the preconditioner maps
@@ -93,21 +95,17 @@ def block_cg(
     """
 
     def body(system: Problem, where: str) -> Solution:
-        stop = system.target**2
-
-        def active(state: _State):
-            usable = (state.norm2 > stop) & ~state.negative
-            return usable & (state.iteration < max_iterations)
+        active = functools.partial(system.unsolved, max_iterations=max_iterations)
 
         def step(state: _State) -> _State:
             live = active(state)
             directions = system.rounded(state.directions)
             state, rest = _advance(state, directions, system.product(directions), live)
-            turned = None if preconditioner is None else widened(preconditioner(rest))
+            turned = None if preconditioner is None else widen(preconditioner(rest))
             return _turn(state, rest, turned, live)
 
-        state = _start(system.residual, stop)
-        turned = None if preconditioner is None else widened(preconditioner(state.basis))
+        state = _start(system.residual, system.target**2)
+        turned = None if preconditioner is None else widen(preconditioner(state.basis))
         state = _turn(state, state.basis, turned, active(state))
         state = iterate(
             # The block is one system: a mask on its directions would break it.

@@ -15,6 +15,7 @@ from jaxunlearn.kernels import _stable
 from jaxunlearn.kernels._checks import check_number, is_traced
 from jaxunlearn.kernels._primitives import convolves
 from jaxunlearn.kernels._programs import compiled_once
+from jaxunlearn.kernels._stable import widen
 
 LOOPS = ("auto", "device", "host", "unrolled")
 
@@ -60,7 +61,7 @@ class Space(NamedTuple):
         def dots(x, y):
             if jax.device_count() == 1 and jax.typeof(x).sharding.mesh.empty:
                 return _stable.contract("kn,kn->k", rows_of(x), rows_of(y))
-            return jnp.sum(_widen(x) * _widen(y), axis=tuple(range(1, jnp.ndim(x))))
+            return jnp.sum(widen(x) * widen(y), axis=tuple(range(1, jnp.ndim(x))))
 
         leaves = jax.tree.leaves(jax.tree.map(dots, a, b))
         return sum(leaves, start=jnp.zeros((), jnp.float32))
@@ -82,7 +83,7 @@ class Space(NamedTuple):
 
     def shift(self, a: PyTree, e: Array) -> PyTree:
         """2^e a, in float32 or wider."""
-        return jax.tree.map(lambda x: _stable.scale_by(_widen(x), _along(e, x)), a)
+        return jax.tree.map(lambda x: _stable.scale_by(widen(x), _along(e, x)), a)
 
     def scale(self, s: Array, a: PyTree) -> PyTree:
         """s a."""
@@ -115,23 +116,28 @@ class Problem(NamedTuple):
 
     def product(self, vector: PyTree) -> PyTree:
         """A v, called with the dtypes of the right-hand side, returned in float32 or wider."""
-        return widened(self.matvec(like(vector, self.rhs)))
+        return widen(self.matvec(like(vector, self.rhs)))
 
     def total(self, x: PyTree) -> PyTree:
         """The solution of the problem as it was put, from `x` of the scaled one."""
         x = self.space.shift(x, self.exponent)
-        x = x if self.x0 is None else jax.tree.map(jnp.add, widened(self.x0), x)
+        x = x if self.x0 is None else jax.tree.map(jnp.add, widen(self.x0), x)
         return like(x, self.rhs)
 
     def remaining(self, x: PyTree) -> PyTree:
         """The scaled residual at `x`, by a product."""
         images = self.matvec(self.total(x))
-        gap = jax.tree.map(lambda b, ax: _widen(b) - _widen(ax), self.rhs, images)
+        gap = jax.tree.map(lambda b, ax: widen(b) - widen(ax), self.rhs, images)
         return self.space.shift(gap, -self.exponent)
 
     def rounded(self, vector: PyTree) -> PyTree:
         """`vector` rounded to what `matvec` will see of it, in its own dtype."""
         return jax.tree.map(_rounded, vector, self.rhs)
+
+    def unsolved(self, state: Any, max_iterations: int) -> Bool[Array, "*k"]:
+        """Which systems go on: above the tolerance by `norm2`, unbroken and with time left."""
+        usable = (state.norm2 > self.target**2) & ~state.negative
+        return usable & (state.iteration < max_iterations)
 
     def solution(self, x: PyTree, num_iterations: Array, negative: Array) -> Solution:
         """`x` solves the scaled problem: carry it back, and measure how well."""
@@ -145,7 +151,7 @@ def problem(space: Space, matvec: Matvec, rhs: PyTree, x0, tol: float, key=None)
     residual = rhs
     if x0 is not None:
         x0 = like(x0, rhs)
-        residual = jax.tree.map(lambda b, ax: _widen(b) - _widen(ax), rhs, matvec(x0))
+        residual = jax.tree.map(lambda b, ax: widen(b) - widen(ax), rhs, matvec(x0))
     exponent = _stable.exponent(space.peak(residual))
     target = _stable.scale_by(tol * space.norm(rhs), -exponent)
     scaled = space.shift(residual, -exponent)
@@ -154,7 +160,7 @@ def problem(space: Space, matvec: Matvec, rhs: PyTree, x0, tol: float, key=None)
 
 def measured(space: Space, matvec, rhs, x, num_iterations, negative) -> Solution:
     """The solution with ||matvec(x) - rhs||: one product."""
-    gap = jax.tree.map(lambda ax, b: _widen(ax) - _widen(b), matvec(x), rhs)
+    gap = jax.tree.map(lambda ax, b: widen(ax) - widen(b), matvec(x), rhs)
     return Solution(x, space.norm(gap), num_iterations, negative)
 
 
@@ -277,11 +283,6 @@ def like(vector: PyTree, rhs: PyTree) -> PyTree:
     return jax.tree.map(lambda v, b: jnp.asarray(v).astype(b.dtype), vector, rhs)
 
 
-def widened(vector: PyTree) -> PyTree:
-    """`vector` in float32 or wider."""
-    return jax.tree.map(_widen, vector)
-
-
 def zeros(space: Space, rhs: PyTree, dtype: Any) -> Array:
     """A scalar zero for each system."""
     shape = jnp.shape(jax.tree.leaves(rhs)[0])[:1] if space.many else ()
@@ -318,12 +319,6 @@ def rows_of(x: Array) -> Array:
 def _along(s: Array, x: Array) -> Array:
     """`s` of shape () or (K,) so that it broadcasts against `x` along its leading axis."""
     return s.reshape(s.shape + (1,) * (x.ndim - s.ndim))
-
-
-def _widen(x: Array) -> Array:
-    """In float32 or wider."""
-    x = jnp.asarray(x)
-    return x.astype(_stable.widened(x))
 
 
 def _rounded(x: Array, rhs: Array) -> Array:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from jaxunlearn import tree
 from jaxunlearn.kernels._checks import check_number, concrete
 from jaxunlearn.kernels._programs import compiled_once
+from jaxunlearn.kernels._stable import widen
 from jaxunlearn.kernels.solves.block import placed, stacked
 from jaxunlearn.kernels.solves.common import (
     Matvec,
@@ -26,7 +27,6 @@ from jaxunlearn.kernels.solves.common import (
     like,
     measured,
     problem,
-    widened,
     zeros,
 )
 
@@ -247,10 +247,10 @@ def refined(solver: Solver, *, num_rounds: int = 1, many: bool = False) -> Solve
         guess = {} if x0 is None else {"x0": x0}
         solution = solver(matvec, rhs, **guess, **own[0])
         for choice in own[1:]:
-            gap = jax.tree.map(jnp.subtract, widened(rhs), widened(product(solution.x)))
+            gap = jax.tree.map(jnp.subtract, widen(rhs), widen(product(solution.x)))
             # What is left is its own problem: its first guess is zero, and its draws are new.
             more = solver(matvec, like(gap, rhs), **choice)
-            x = like(jax.tree.map(jnp.add, widened(solution.x), widened(more.x)), rhs)
+            x = like(jax.tree.map(jnp.add, widen(solution.x), widen(more.x)), rhs)
             count = solution.num_iterations + more.num_iterations
             negative = solution.negative_curvature | more.negative_curvature
             new = measured(space, product, rhs, x, count, negative)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxunlearn.kernels._stable import widen
 from jaxunlearn.kernels.solves.common import (
     Matvec,
     Problem,
@@ -16,7 +17,6 @@ from jaxunlearn.kernels.solves.common import (
     as_function,
     iterate,
     iterative,
-    widened,
     zeros,
 )
 
@@ -84,11 +84,7 @@ def cg(
     space, inverse = Space(many), preconditioner and as_function(preconditioner)
 
     def body(system: Problem, where: str) -> Solution:
-        stop = system.target**2
-
-        def active(state: _State):
-            usable = (state.norm2 > stop) & ~state.negative
-            return usable & (state.iteration < max_iterations)
+        active = functools.partial(system.unsolved, max_iterations=max_iterations)
 
         def precondition(state: _State) -> _State:
             turned = inverse and inverse(state.residual)
@@ -142,7 +138,7 @@ def _turn(space: Space, state: _State, preconditioned: PyTree | None) -> _State:
     if preconditioned is None:
         preconditioned = state.residual
     else:
-        preconditioned = widened(preconditioned)
+        preconditioned = widen(preconditioned)
         inner = space.dot(state.residual, preconditioned)
     usable = state.inner > 0
     beta = jnp.where(usable, inner / jnp.where(usable, state.inner, 1.0), 0.0)

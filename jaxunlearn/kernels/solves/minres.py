@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels._stable import widen
 from jaxunlearn.kernels.solves.common import (
     Matvec,
     Problem,
@@ -16,7 +17,6 @@ from jaxunlearn.kernels.solves.common import (
     Space,
     iterate,
     iterative,
-    widened,
     zeros,
 )
 
@@ -125,7 +125,7 @@ def minres(
             beta = jnp.where(state.beta > 0, state.beta, 1.0)
             v = system.rounded(space.scale(1.0 / beta, state.y))
             state, v, alfa = _lanczos(space, state, v, system.product(v))
-            y = state.r2 if preconditioner is None else widened(preconditioner(state.r2))
+            y = state.r2 if preconditioner is None else widen(preconditioner(state.r2))
             return _rotate(space, preconditioner is None, state, v, alfa, y)
 
         def cycle(carry: tuple[_State, _Best]) -> tuple[_State, _Best]:
@@ -150,7 +150,7 @@ def minres(
 
 def _start(space: Space, residual: PyTree, preconditioner: Matvec | None) -> _State:
     """Before the first Lanczos vector."""
-    y = residual if preconditioner is None else widened(preconditioner(residual))
+    y = residual if preconditioner is None else widen(preconditioner(residual))
     square = space.dot(residual, y)
     beta = jnp.sqrt(jnp.maximum(square, 0.0))
     broken = ~(square > 0) & (space.peak(residual) != 0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jaxunlearn.kernels._checks import check_number
+from jaxunlearn.kernels._stable import widen
 from jaxunlearn.kernels.solves.block import STACK, gram, mix, orthonormal, placed, stacked
 from jaxunlearn.kernels.solves.common import (
     Matvec,
@@ -19,7 +20,6 @@ from jaxunlearn.kernels.solves.common import (
     check_stack,
     like,
     problem,
-    widened,
     zeros,
 )
 
@@ -98,7 +98,7 @@ class NystromApproximation:
 
         def apply(self, inside, outside, vector: PyTree) -> PyTree:
             pulled = _combine(self, (inside - outside) * self._coordinates(vector))
-            moved = jax.tree.map(lambda v, p: outside * v + p, widened(vector), pulled)
+            moved = jax.tree.map(lambda v, p: outside * v + p, widen(vector), pulled)
             return like(moved, as_vector(vector))
 
         operands = self, inside, outside
@@ -159,10 +159,10 @@ def nystrom(
 
     omega = placed(draw, vector, jax.random.split(key, len(leaves)), like=vector, template=stacked)
     matvec = as_function(matvec)
-    sketch = widened(matvec(omega) if many else jax.vmap(matvec)(omega))
+    sketch = widen(matvec(omega) if many else jax.vmap(matvec)(omega))
     template = lambda vectors, small: NystromApproximation(stacked(vectors, small), small, small)
     decompose = functools.partial(_decompose, size)
-    return placed(decompose, widened(omega), sketch, like=vector, template=template)
+    return placed(decompose, widen(omega), sketch, like=vector, template=template)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -204,7 +204,7 @@ def jacobi(diagonal: PyTree, *, damping: float | Array = 0.0) -> Matvec:
     Array([1. , 0.5], dtype=float32)
     """
     check_number("damping", damping, least=0)
-    damped = jax.tree.map(lambda d: widened(d) + damping, diagonal)
+    damped = jax.tree.map(lambda d: widen(d) + damping, diagonal)
     usable = jax.tree.map(lambda d: (d > 0) & jnp.isfinite(d), damped)
     total = sum(jnp.sum(jnp.where(u, d, 0.0)) for d, u in _pairs(damped, usable))
     count = sum(jnp.sum(u) for _, u in _pairs(damped, usable))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxunlearn.kernels._checks import check_number
 from jaxunlearn.kernels._programs import compiled_once
+from jaxunlearn.kernels._stable import widen, widened
 from jaxunlearn.kernels.solves.common import (
     Matvec,
     Problem,
@@ -25,7 +26,6 @@ from jaxunlearn.kernels.solves.common import (
     iterative,
     like,
     problem,
-    widened,
     zeros,
 )
 
@@ -79,13 +79,13 @@ def spectral_radius(
         vector = as_vector(vector)
         leaves, treedef = jax.tree.flatten(vector)
         keys = jax.random.split(key, len(leaves))
-        draws = [jax.random.normal(k, v.shape, _wide(v)) for k, v in zip(keys, leaves)]
+        draws = [jax.random.normal(k, v.shape, widened(v)) for k, v in zip(keys, leaves)]
         start = jax.tree.unflatten(treedef, draws)
 
         def step(_, carry):
             v, norm = carry
             v = space.scale(jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), norm), v)
-            v = widened(product(like(v, vector)))
+            v = widen(product(like(v, vector)))
             return v, space.norm(v)
 
         _, norms = lax.fori_loop(0, num_iterations, step, (start, space.norm(start)))
@@ -151,11 +151,10 @@ def neumann(
             )
             omega = _safe_step(radius, safety)
         state = _start(space, system)
-        stop, limit = system.target**2, 4 * state.norm2
+        limit = 4 * state.norm2
 
         def active(state: _State):
-            usable = (state.norm2 > stop) & (state.norm2 <= limit) & ~state.negative
-            return usable & (state.iteration < max_iterations)
+            return system.unsolved(state, max_iterations) & (state.norm2 <= limit)
 
         def advance(state: _State) -> _State:
             direction = system.rounded(state.residual)
@@ -252,7 +251,7 @@ def lissa(
     def body(sampled, matvec, rhs, x0, key):
         key_radius, key_steps = jax.random.split(key)
         system = problem(space, matvec, rhs, x0, 0.0)
-        product = lambda v, k: widened(sampled(like(v, system.rhs), k))
+        product = lambda v, k: widen(sampled(like(v, system.rhs), k))
         count, omega = num_steps * num_repeats, jnp.asarray(step or 0.0)
         if step is None:
             omega = chosen_step(system, product, key_radius)
@@ -273,8 +272,8 @@ def lissa(
 
         repeats = jax.vmap(recursion)(jax.random.split(key_steps, num_repeats))
         x = system.total(jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), repeats))
-        product_of_x = widened(matvec(x))
-        gap = jax.tree.map(jnp.subtract, product_of_x, widened(system.rhs))
+        product_of_x = widen(matvec(x))
+        gap = jax.tree.map(jnp.subtract, product_of_x, widen(system.rhs))
         negative = (space.dot(x, product_of_x) <= 0) & (space.peak(x) != 0)
         spent = zeros(space, system.rhs, jnp.int32) + count
         return Solution(x, space.norm(gap), spent, negative)
@@ -331,8 +330,3 @@ def _check_step(step: float | None, safety: float) -> None:
     if step is not None:
         check_number("step", step, above=0)
     check_number("safety", safety, above=0.5)
-
-
-def _wide(x: Array):
-    """Float32, or wider where `x` is."""
-    return jnp.promote_types(x.dtype, jnp.float32)
