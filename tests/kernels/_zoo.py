@@ -117,6 +117,11 @@ simple(
     lambda w, x: squared(jnp.tanh(jax.nn.one_hot(x, 11, dtype=w.dtype) @ w)), (11, 9), ids(11, 2),
 )  # fmt: skip
 
+simple(
+    "inputs in bfloat16", "factored",
+    lambda w, x: squared(jnp.tanh(x.astype(jnp.bfloat16) @ w)), (7, 5), floats(7),
+)  # fmt: skip
+
 # Convolutions.
 simple("convolution", "product", lambda w, x: squared(jnp.tanh(conv(x, w))), (3, 3, 2, 4),
        floats(6, 5, 2))  # fmt: skip

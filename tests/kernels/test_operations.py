@@ -148,6 +148,19 @@ def test_automatic_clipping_divides_by_norm_plus_gamma(case, gamma):
     )
 
 
+def test_an_automatic_sum_is_the_sum_by_its_scales_bit_for_bit(case):
+    """And the scales are those of the slow form at the norms with their bounds, rounded down."""
+    grads, _, rows = case
+    clip, gamma = np.float32(0.5), np.float32(0.25)
+    (upper,), (limits,) = _operations.bounds(grads, _operations.one_group(grads))
+    scales = _operations.automatic_scales(upper, clip, gamma, limits=limits)
+    assert np.array_equal(flat(grads.sum(scales)), flat(grads.automatic_sum(clip, gamma=gamma)))
+    upper, norms = np.float64(upper), np.linalg.norm(rows, axis=1)
+    assert np.all(np.float64(scales) <= clip / (upper + gamma))
+    assert np.all(np.float64(scales) >= (1 - 2.0**-20) * clip / (upper + gamma))
+    assert np.all(norms <= upper * (1 + 1e-6))
+
+
 def test_a_normalised_sum_adds_unit_vectors_and_leaves_zeros_zero(case):
     grads, _, rows = case
     assert_near(flat(grads.normalized_sum()), scaled_rows(rows, 1 / np.linalg.norm(rows, axis=1)))

@@ -7,9 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxunlearn.kernels import _programs, lbfgs
+from jaxunlearn.kernels import _programs, lbfgs, newton_step
 from jaxunlearn.kernels._programs import compiled_once
-from jaxunlearn.kernels.solves import block_cg, cg, lissa, minres, neumann, spectral_radius
+from jaxunlearn.kernels.solves import (
+    block_cg,
+    cg,
+    cholesky,
+    lissa,
+    minres,
+    neumann,
+    spectral_radius,
+)
 
 SIDE = np.arange(1.0, 4.0, dtype=np.float32)
 STACK = np.stack([SIDE, SIDE[::-1], 0 * SIDE])
@@ -22,6 +30,13 @@ def product_by(scale):
     return lambda v: jnp.matmul(v, matrix, precision="highest")
 
 
+def squared_distance(w, x):
+    return jnp.mean(0.5 * jnp.sum((x - w) ** 2, axis=-1))
+
+
+STEP = newton_step(squared_distance, l2=0.1, solver=cholesky())
+
+
 def filled(scale):
     memory = lbfgs.init(jnp.zeros(3), 2)
     return lbfgs.push(memory, jnp.ones(3), scale * jnp.ones(3))[0]
@@ -29,6 +44,8 @@ def filled(scale):
 
 CALLS = {
     "cg": lambda c: cg(max_iterations=9)(product_by(c), SIDE),
+    "cholesky": lambda c: cholesky()(product_by(c), SIDE),
+    "newton_step": lambda c: STEP(SIDE, STACK * c, np.arange(3), np.array([1, 0, 1], np.float32)),
     "minres": lambda c: minres(max_iterations=9)(product_by(c), SIDE),
     "block_cg": lambda c: block_cg(max_iterations=9)(product_by(c), STACK),
     "neumann": lambda c: neumann(key=KEY, max_iterations=9)(product_by(c), SIDE),
