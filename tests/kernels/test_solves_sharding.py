@@ -14,7 +14,9 @@ ROUNDS = 1e-5  # float32, a few iterations with their sums in another order
 def test_every_solver_gives_what_it_gives_on_one_device(mesh):
     found = json.loads(output_of(start("_sharded_solves.py", mesh, devices=8)))
     assert len(found) == (13 if mesh == "manual" else 15)
-    assert not {name: f["gap"] for name, f in found.items() if not f["gap"] < ROUNDS}
+    # Vectors of near eigenvalues turn into one another; what is made of them must not move.
+    gaps = {name: f["gap"] for name, f in found.items() if name != "nystrom vectors"}
+    assert not {name: gap for name, gap in gaps.items() if not gap < ROUNDS}
     for name, figures in found.items():
         # The partitioner may place what came out of a dense matrix as it likes.
         free = mesh == "automatic" and name == "cholesky"
