@@ -200,7 +200,10 @@ def certified_noise(*, epsilon: float, delta: float, sensitivity: float, dimensi
     True
     """
     if not 0 < sensitivity < math.inf:
-        raise ValueError(f"Expected sensitivity={sensitivity} > 0 and finite.")
+        raise ValueError(
+            f"Expected sensitivity={sensitivity} > 0 and finite. At zero there is nothing to hide: "
+            "the values equal the oracle's, and are released as exact."
+        )
     mu = certified_mu(epsilon=epsilon, delta=delta, dimension=dimension)
     grid, _ = grid_of(sensitivity / mu)
     root = math.sqrt(dimension)

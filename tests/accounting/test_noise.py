@@ -33,8 +33,8 @@ from jaxunlearn.accounting import (
     round_down,
     round_up,
 )
-from jaxunlearn.accounting import noise as noise_module
 from jaxunlearn.accounting import release as release_module
+from jaxunlearn.accounting import sampler
 from jaxunlearn.errors import NonFiniteError
 
 ALPHA = 1e-6
@@ -125,7 +125,7 @@ def test_a_uniform_of_the_right_variance_is_detected():
 def test_bernoulli_exp_has_probability_exp_of_minus_the_ratio(ratio):
     """n = 2e5: detects an error of 0.0055 in the probability."""
     n, (a, b) = 200_000, ratio
-    hits = noise_module._bernoulli_exp(np.full(n, a, np.int64), b, stream(f"exp/{ratio}")).sum()
+    hits = sampler._bernoulli_exp(np.full(n, a, np.int64), b, stream(f"exp/{ratio}")).sum()
     p = math.exp(-a / b)
     assert abs(hits - n * p) <= Z * math.sqrt(n * p * (1 - p))
 
@@ -136,16 +136,20 @@ def test_the_acceptance_exponent_is_exact_in_integers():
         magnitude = np.concatenate(
             [np.arange(5), rng.integers(0, 6 * s, 200), rng.integers(0, 10**5 * s, 50)]
         )
-        units, rest = noise_module._exponent(magnitude, s)
+        units, rest = sampler._exponent(magnitude, s)
         for y, unit, part in zip(magnitude.tolist(), units.tolist(), rest.tolist()):
             assert 0 <= part < 2 * s * s
             assert unit * 2 * s * s + part == (y - s) ** 2
 
 
 def test_uniform_integers_reject_the_words_that_would_bias_them():
-    words = iter([b"\xff" * 8, (5).to_bytes(8, "little")])  # 2^64 - 1 = 0 mod 3 is one too many
-    assert noise_module._uniform_below(3, 1, lambda n: next(words)).tolist() == [2]
-    counts = np.bincount(noise_module._uniform_below(3, 90_000, stream("three")), minlength=3)
+    for bound, width in [(3, 2), (2**11 - 1, 2), (2**11 + 1, 4), (2**27 - 1, 4), (2**51 - 1, 8)]:
+        surplus = 2 ** (8 * width) % bound
+        words = [2 ** (8 * width) - 1, 2 ** (8 * width) - surplus, 2 ** (8 * width) - surplus - 1]
+        drawn = iter(word.to_bytes(width, "little") for word in words)
+        draw = lambda n: (word := next(drawn))[: n if n == len(word) else 0]
+        assert sampler._uniform_below(bound, 1, draw).tolist() == [bound - 1]
+    counts = np.bincount(sampler._uniform_below(3, 90_000, stream("three")), minlength=3)
     assert np.all(np.abs(counts - 30_000) < Z * math.sqrt(20_000))
 
 
