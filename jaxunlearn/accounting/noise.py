@@ -162,7 +162,7 @@ def _on_grid(values, grid, stddev_on_grid, entropy):
     with np.errstate(over="ignore", under="ignore"):
         units = np.rint(values / grid)  # exact scaling; halves to even
     total = np.clip(units, -float(_CLAMP), float(_CLAMP)).astype(np.int64) + noise
-    if np.any(np.abs(total) >= _REFUSED):  # the noise is below 2^38: a clamped value never passes
+    if np.any(np.abs(total) >= _REFUSED):  # the noise is below 2^35: a clamped value never passes
         raise ValueError(
             f"Expected values below 2^61 grid steps of {grid}. The noise is too small for them "
             "to be released on a grid."

@@ -14,10 +14,8 @@ MAX_STDDEV = 2**25
 
 _CHUNK = 2**16
 _STUCK = "Expected random bytes from the entropy source, got bytes that {}. Nothing was released."
-_MAX_TRIALS = 512  # reached with probability below 1e-1000 by random bytes
-_MAX_GEOMETRIC = 4096  # e^-4096
-_MAX_BARREN = 64  # (1/2)^(16 * 64)
-_MAX_REDRAWS = 64  # 32^-64
+# What random bytes exceed with probability 1/511!, e^-512, 32^-64 and (1/2)^(16 * 64) at most.
+_MAX_TRIALS, _MAX_GEOMETRIC, _MAX_REDRAWS, _MAX_BARREN = 512, 512, 64, 64
 _REPEATED = 32  # bytes; a block this long comes twice with probability 2^-256
 
 
@@ -106,7 +104,7 @@ def _exponent(magnitude, scale):
     """(|y| - s)^2 / (2 s^2) as whole units and a rest over 2 s^2, exactly.
 
     Writing ||y| - s| = s w + r, it is w^2/2 + w r/s + r^2/(2 s^2), which stays inside int64 up to
-    |y| = 2^31 s; `_discrete_laplace` stops at 2^12 s.
+    |y| = 2^31 s; `_discrete_laplace` stops at 514 s.
     """
     w, r = np.divmod(np.abs(magnitude - scale), scale)
     denominator = 2 * scale * scale
