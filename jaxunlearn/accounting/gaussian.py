@@ -20,9 +20,9 @@ from fractions import Fraction
 
 import numpy as np
 
+from jaxunlearn.accounting._checks import expect, expect_delta
 from jaxunlearn.accounting.rounding import above, below
 
-_LEAST_DELTA = 1e-300
 _TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -53,7 +53,7 @@ def gaussian_delta(*, epsilon: float, noise_stddev: float, sensitivity: float) -
       Balle and Wang, "Improving the Gaussian mechanism for differential privacy: analytical
       calibration and optimal denoising", ICML 2018, Theorem 8.
     """
-    _expect("epsilon", epsilon, at_least=0.0)
+    expect("epsilon", epsilon, at_least=0.0)
     return _delta_upper(float(epsilon), _mu_upper(sensitivity, noise_stddev))
 
 
@@ -77,7 +77,7 @@ def gaussian_epsilon(*, delta: float, noise_stddev: float, sensitivity: float) -
     >>> round(gaussian_epsilon(delta=1e-5, noise_stddev=2.0, sensitivity=1.0), 9)
     1.993091404
     """
-    _expect_delta(delta)
+    expect_delta(delta)
     mu = _mu_upper(sensitivity, noise_stddev)
     if _delta_upper(0.0, mu) <= delta:
         return 0.0
@@ -112,8 +112,8 @@ def gaussian_mu(*, epsilon: float, delta: float) -> float:
     >>> round(gaussian_mu(epsilon=1.0, delta=1e-5), 6)
     0.268051
     """
-    _expect("epsilon", epsilon, above_=0.0)
-    _expect_delta(delta)
+    expect("epsilon", epsilon, above_=0.0)
+    expect_delta(delta)
     fits = lambda mu: _delta_upper(float(epsilon), mu) <= delta
     good = 1.0
     while not fits(good):
@@ -146,7 +146,7 @@ def gaussian_noise_stddev(*, epsilon: float, delta: float, sensitivity: float) -
     >>> round(gaussian_noise_stddev(epsilon=1.0, delta=1e-5, sensitivity=1.0), 6)
     3.730632
     """
-    _expect("sensitivity", sensitivity, above_=0.0)
+    expect("sensitivity", sensitivity, above_=0.0)
     mu = gaussian_mu(epsilon=epsilon, delta=delta)
     stddev = above(sensitivity / mu)
     if not 0 < stddev < math.inf:
@@ -174,7 +174,7 @@ def compose_gaussian(mus: Iterable[float]) -> float:
     """
     entries = [float(mu) for mu in mus]
     for mu in entries:
-        _expect("mu", mu, at_least=0.0)
+        expect("mu", mu, at_least=0.0)
     square = sum((Fraction(mu) ** 2 for mu in entries), start=Fraction(0))
     root = math.hypot(*entries)
     if not math.isfinite(root):
@@ -231,19 +231,6 @@ def _bisect(fits: Callable[[float], bool], good: float, bad: float) -> float:
 
 def _mu_upper(sensitivity, noise_stddev):
     """sensitivity / noise_stddev, rounded up; both validated."""
-    _expect("sensitivity", sensitivity, at_least=0.0)
-    _expect("noise_stddev", noise_stddev, above_=0.0)
+    expect("sensitivity", sensitivity, at_least=0.0)
+    expect("noise_stddev", noise_stddev, above_=0.0)
     return above(float(sensitivity) / float(noise_stddev)) if sensitivity else 0.0
-
-
-def _expect_delta(delta):
-    """Raises unless 1e-300 <= delta < 1."""
-    if not _LEAST_DELTA <= delta < 1:
-        raise ValueError(f"Expected delta={delta} in [1e-300, 1).")
-
-
-def _expect(name, value, *, at_least=None, above_=None):
-    """Raises unless `value` is finite and >= `at_least` or > `above_`."""
-    bound, sign = (at_least, ">=") if above_ is None else (above_, ">")
-    if not (math.isfinite(value) and (value >= bound if above_ is None else value > bound)):
-        raise ValueError(f"Expected {name}={value} {sign} {bound:g} and finite.")
