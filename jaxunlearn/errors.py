@@ -85,6 +85,10 @@ class BudgetExhaustedError(JaxUnlearnError, RuntimeError):
     """The deletion does not fit the budget that is left: retrain instead."""
 
 
+class QuotaExceededError(JaxUnlearnError, RuntimeError):
+    """One request, or one requester, asked for more than its share. Not a reason to retrain."""
+
+
 class CertificateError(JaxUnlearnError, ValueError):
     """A certificate is malformed, of an unknown schema, or contradicts itself."""
 

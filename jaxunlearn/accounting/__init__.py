@@ -1,12 +1,71 @@
-"""Epsilon, delta and the noise behind them: float64 and integers on the host, never traced."""
+"""Epsilon, delta and the noise behind them: float64 and integers on the host, never traced.
 
+Every bound names its theorem and its direction. Marks in docstrings: [D] derived there, [C] read in
+the authors' code, [S] read in a secondary source, [R] recalled. Where a paper's constant is no more
+than recalled, or is looser than what can be derived, the derived bound is the default and
+`paper_constants=True` gives the paper's.
+"""
+
+from jaxunlearn.accounting.amounts import (
+    amount_below,
+    amount_of,
+    split_budget,
+    units_down,
+    units_up,
+)
 from jaxunlearn.accounting.budget import (
     BUDGET_UNITS,
     Charge,
     charge_release,
     check_capacity,
     check_request,
+    odometer_of,
     worst_case_noise,
+)
+from jaxunlearn.accounting.capacity import (
+    StronglyConvex,
+    capacity_ceiling,
+    dp_capacity_order,
+    newton_beats_output_perturbation,
+    newton_capacity_order,
+    sample_complexity,
+    strongly_convex_capacity,
+)
+from jaxunlearn.accounting.composition import (
+    Privacy,
+    basic_composition,
+    group_privacy,
+    optimal_composition,
+)
+from jaxunlearn.accounting.contraction import (
+    NoisySteps,
+    Stationarity,
+    contract,
+    contraction_rate,
+    renyi_decay,
+    stationary_lsi,
+    steps_to_stationary_target,
+    steps_to_unlearn,
+)
+from jaxunlearn.accounting.descent_to_delete import (
+    Descent,
+    Schedule,
+    full_state_mu,
+    full_state_schedule,
+    output_only_noise,
+)
+from jaxunlearn.accounting.distances import (
+    deep_newton_distance,
+    jackknife_distance,
+    minimiser_distance,
+    recollection_distance,
+    rewind_distance,
+)
+from jaxunlearn.accounting.finetuning import (
+    ClippedSteps,
+    best_num_steps,
+    clipped_finetuning_mu,
+    clipped_finetuning_noise,
 )
 from jaxunlearn.accounting.gaussian import (
     compose_gaussian,
@@ -14,6 +73,20 @@ from jaxunlearn.accounting.gaussian import (
     gaussian_epsilon,
     gaussian_mu,
     gaussian_noise_stddev,
+)
+from jaxunlearn.accounting.hockey_stick import (
+    hockey_stick_recursion,
+    model_clipping_noise,
+    model_clipping_steps,
+)
+from jaxunlearn.accounting.iteration import (
+    contracted_mu,
+    iteration_mu,
+)
+from jaxunlearn.accounting.langevin import (
+    langevin_curve,
+    langevin_learning_curve,
+    langevin_steps,
 )
 from jaxunlearn.accounting.memory_pair import (
     Capacity,
@@ -35,6 +108,25 @@ from jaxunlearn.accounting.noise import (
     grid_of,
     grid_sensitivity,
 )
+from jaxunlearn.accounting.noisy_sgd import (
+    NoisySGD,
+    noisy_sgd_epochs,
+)
+from jaxunlearn.accounting.odometer import (
+    Alarm,
+    Odometer,
+    Option,
+    Preview,
+    Request,
+    Spent,
+)
+from jaxunlearn.accounting.per_instance import (
+    InstanceLoss,
+    holder_orders,
+    holder_weights,
+    per_instance_loss,
+    step_losses,
+)
 from jaxunlearn.accounting.release import (
     certified_mu,
     certified_noise,
@@ -53,50 +145,161 @@ from jaxunlearn.accounting.removal import (
     spectral_norm_bound,
     summation_slack,
 )
-from jaxunlearn.accounting.rounding import round_down, round_up
+from jaxunlearn.accounting.renyi import (
+    RenyiCurve,
+    renyi_delta,
+    renyi_epsilon,
+    renyi_group,
+    renyi_triangle,
+)
+from jaxunlearn.accounting.residual_budget import (
+    removal_budget,
+    removals_within,
+    total_residual,
+    worst_case_residual,
+)
+from jaxunlearn.accounting.rounding import (
+    round_down,
+    round_up,
+)
+from jaxunlearn.accounting.subsampled import (
+    SUBSAMPLED_ORDERS,
+    interpolated_moment,
+    subsampled_curve,
+    subsampled_group_divergence,
+    subsampled_log_moments,
+)
+from jaxunlearn.accounting.zcdp import (
+    compose_zcdp,
+    group_zcdp,
+    zcdp_budget,
+    zcdp_delta,
+    zcdp_epsilon,
+    zcdp_rho,
+)
 
 __all__ = [
     "BUDGET_UNITS",
+    "SUBSAMPLED_ORDERS",
+    "Alarm",
     "Capacity",
     "Charge",
+    "ClippedSteps",
     "DeletionOdometer",
+    "Descent",
     "Entropy",
+    "InstanceLoss",
     "LinearModel",
+    "NoisySGD",
+    "NoisySteps",
+    "Odometer",
     "OdometerQuote",
+    "Option",
+    "Preview",
+    "Privacy",
     "RegretModel",
     "Release",
+    "RenyiCurve",
+    "Request",
     "ResidualBound",
+    "Schedule",
+    "Spent",
+    "Stationarity",
+    "StronglyConvex",
     "WorstCase",
     "add_grid_noise",
+    "amount_below",
+    "amount_of",
+    "basic_composition",
+    "best_num_steps",
+    "capacity_ceiling",
     "cast_sensitivity",
     "certified_mu",
     "certified_noise",
     "charge_release",
     "check_capacity",
     "check_request",
+    "clipped_finetuning_mu",
+    "clipped_finetuning_noise",
     "compose_gaussian",
+    "compose_zcdp",
     "composed_noise",
+    "contract",
+    "contracted_mu",
+    "contraction_rate",
     "corollary_1",
+    "deep_newton_distance",
     "deletion_capacity",
     "discrete_gaussian",
     "discretisation_epsilon",
+    "dp_capacity_order",
+    "full_state_mu",
+    "full_state_schedule",
     "gaussian_delta",
     "gaussian_epsilon",
     "gaussian_mu",
     "gaussian_noise_stddev",
     "grid_of",
     "grid_sensitivity",
+    "group_privacy",
+    "group_zcdp",
+    "hockey_stick_recursion",
+    "holder_orders",
+    "holder_weights",
+    "interpolated_moment",
+    "iteration_mu",
+    "jackknife_distance",
+    "langevin_curve",
+    "langevin_learning_curve",
+    "langevin_steps",
     "largest_within",
     "linear_remainder",
+    "minimiser_distance",
+    "model_clipping_noise",
+    "model_clipping_steps",
+    "newton_beats_output_perturbation",
+    "newton_capacity_order",
     "newton_distance",
+    "noisy_sgd_epochs",
+    "odometer_of",
+    "optimal_composition",
+    "output_only_noise",
+    "per_instance_loss",
     "published_noise",
+    "recollection_distance",
     "release_epsilon",
     "release_mu",
+    "removal_budget",
+    "removals_within",
+    "renyi_decay",
+    "renyi_delta",
+    "renyi_epsilon",
+    "renyi_group",
+    "renyi_triangle",
     "residual_bound",
+    "rewind_distance",
     "round_down",
     "round_up",
+    "sample_complexity",
     "spectral_norm_bound",
+    "split_budget",
+    "stationary_lsi",
+    "step_losses",
+    "steps_to_stationary_target",
+    "steps_to_unlearn",
+    "strongly_convex_capacity",
+    "subsampled_curve",
+    "subsampled_group_divergence",
+    "subsampled_log_moments",
     "summation_slack",
+    "total_residual",
+    "units_down",
+    "units_up",
     "worst_case_noise",
+    "worst_case_residual",
+    "zcdp_budget",
+    "zcdp_delta",
+    "zcdp_epsilon",
     "zcdp_noise",
+    "zcdp_rho",
 ]

@@ -4,6 +4,8 @@ import math
 from typing import NamedTuple
 
 from jaxunlearn import errors
+from jaxunlearn.accounting.gaussian import gaussian_epsilon
+from jaxunlearn.accounting.odometer import Odometer, Option, Request, Spent
 from jaxunlearn.accounting.release import certified_mu, certified_noise, release_mu
 from jaxunlearn.accounting.removal import WorstCase
 from jaxunlearn.accounting.rounding import round_up
@@ -66,6 +68,37 @@ def check_request(budget: Budget, total_forgotten: int, spent_units: int) -> Non
         )
 
 
+def odometer_of(budget: Budget, *, dimension: int, **limits) -> Odometer:
+    """The odometer of a `Budget` for releases on the grid: "mu_squared" and "deletions".
+
+    Args:
+      dimension: coordinates of each release; at most `budget.max_forget` releases share the budget.
+      limits: `quotas`, `caps` and `thresholds` of `Odometer`.
+
+    >>> odometer_of(Budget(epsilon=1.0, delta=1e-5, max_forget=10), dimension=2).totals["deletions"]
+    10
+    """
+    total_mu = certified_mu(
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        dimension=dimension,
+        num_releases=budget.max_forget,
+    )
+    # What the grid adds at the full budget, the most it adds at any part of it.
+    continuous = gaussian_epsilon(delta=budget.delta, noise_stddev=1.0, sensitivity=total_mu)
+    return Odometer.for_gaussian(
+        extra_epsilon=max(0.0, budget.epsilon - continuous),
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        total_mu=total_mu,
+        totals={"deletions": budget.max_forget},
+        **limits,
+    )
+
+
+_UNITS = Odometer(totals={"units": BUDGET_UNITS})
+
+
 def charge_release(
     spent_units: int, *, budget: Budget, distance: float, noise_stddev: float, dimension: int
 ) -> Charge:
@@ -97,13 +130,16 @@ def charge_release(
     mu = release_mu(sensitivity=distance, noise_stddev=noise_stddev, dimension=dimension)
     share = (mu / total) ** 2 * (1 + 1e-12)
     cost = math.ceil(min(share, 2.0) * BUDGET_UNITS)
-    if spent_units + cost > BUDGET_UNITS:
+    request = Request(Option(name="release", costs={"units": cost}))
+    try:
+        _UNITS.spend(Spent.of(units=int(spent_units)), request)
+    except errors.BudgetExhaustedError as refusal:
         left = (BUDGET_UNITS - spent_units) / BUDGET_UNITS
         raise errors.BudgetExhaustedError(
             f"Expected the distance to the target to fit what is left of the budget ({left:.1%} of "
             f"epsilon={budget.epsilon:g}, delta={budget.delta:g} at noise {noise_stddev:.3g}), got "
             f"a bound of {distance:.3g}, which takes {share:.1%}. Nothing was released: retrain on "
             "the retain set, or train to a smaller gradient first."
-        )
+        ) from refusal
     prior_mu = round_up(total * math.sqrt(spent_units / BUDGET_UNITS)) if spent_units else 0.0
-    return Charge(spent_units + cost, prior_mu)
+    return Charge(int(spent_units) + cost, prior_mu)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from jaxunlearn import errors
 from jaxunlearn.accounting.gaussian import gaussian_mu
+from jaxunlearn.accounting.odometer import Odometer, Option, Request, Spent
 
 NoiseScale = Callable[[int], float]
 """`scale(m)`: noise per unit of sensitivity where `m` deletions share the budget."""
@@ -221,6 +222,8 @@ class OdometerQuote(NamedTuple):
 class DeletionOdometer:
     """Counts deletions against a capacity that was fixed, with its noise, before the first one.
 
+    An `Odometer` whose one total is "deletions", with what the Memory Pair says of its noise.
+
     Quoting and spending are apart: `quote` looks, `spend` returns the new count or raises. Every
     deletion takes one whole unit, whatever its own step was: a charge that depends on the deleted
     row would need a filter of its own.
@@ -258,14 +261,20 @@ class DeletionOdometer:
             failure_probability=stream.get("failure_probability", 0.05),
         )
 
+    @property
+    def odometer(self) -> Odometer:
+        """The general odometer of this capacity, for quotas, caps and alarms beside it."""
+        return Odometer(totals={"deletions": self.max_deletions})
+
     def quote(self, num_spent: int, num_requested: int) -> OdometerQuote:
         """What `num_requested` more deletions would take after `num_spent`."""
+        told = self.odometer.preview(Spent.of(deletions=num_spent), _deletions(num_requested))
         left = max(0, self.max_deletions - num_spent)
         growth = 0.0
         if self.model is not None and num_requested:
             bound = lambda m: self.model.noise(m, self.noise_stddev, self.failure_probability)
             growth = bound(num_spent + num_requested) - (bound(num_spent) if num_spent else 0.0)
-        return OdometerQuote(num_requested <= left, left, growth)
+        return OdometerQuote(told.fits, left, growth)
 
     def spend(self, num_spent: int, num_requested: int) -> int:
         """The count after the request.
@@ -273,13 +282,15 @@ class DeletionOdometer:
         Raises:
           BudgetExhaustedError: it is more than what is left; nothing was spent.
         """
-        left = self.quote(num_spent, num_requested).left
-        if num_requested > left:
+        try:
+            self.odometer.spend(Spent.of(deletions=num_spent), _deletions(num_requested))
+        except errors.BudgetExhaustedError as refusal:
+            left = max(0, self.max_deletions - num_spent)
             raise errors.BudgetExhaustedError(
                 f"Expected at most {left} more deletions of a capacity of {self.max_deletions}, "
                 f"got {num_requested}. Nothing was changed: retrain, or use mode='replay', which "
                 "adds no noise."
-            )
+            ) from refusal
         return num_spent + num_requested
 
     def check_step(self, step_norm: float) -> None:
@@ -293,3 +304,8 @@ class DeletionOdometer:
                 f"Expected a deletion of norm at most {self.sensitivity:.3g}, for which the noise "
                 f"was made, got {step_norm:.3g}. Nothing was changed."
             )
+
+
+def _deletions(count):
+    """A request for `count` deletions."""
+    return Request(Option(name="memory_pair", costs={"deletions": count}))
