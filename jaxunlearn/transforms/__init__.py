@@ -1,10 +1,11 @@
-"""Plain Optax transforms for training: online L-BFGS, its step sizes, its admission rules."""
+"""Plain Optax transforms for training: Gaussian noise; online L-BFGS, its steps and admission."""
 
 from jaxunlearn.transforms.admissions import (
     levenberg_damped,
     prudente_souza,
     relative_curvature,
 )
+from jaxunlearn.transforms.gaussian_noise import GaussianNoiseState, gaussian_noise
 from jaxunlearn.transforms.online_lbfgs import (
     AdaptiveRate,
     OnlineLBFGSState,
@@ -12,12 +13,14 @@ from jaxunlearn.transforms.online_lbfgs import (
     online_lbfgs,
     step_size,
 )
-from jaxunlearn.transforms.step_back import PaperDeletion, gaussian_noise, make_step_back
+from jaxunlearn.transforms.step_back import PaperDeletion, deletion_noise, make_step_back
 
 __all__ = [
     "AdaptiveRate",
+    "GaussianNoiseState",
     "OnlineLBFGSState",
     "PaperDeletion",
+    "deletion_noise",
     "gaussian_noise",
     "inverse_time",
     "levenberg_damped",

@@ -28,7 +28,7 @@ class PaperDeletion:
     noise_multiplier: added to sigma, times the norm of the step back; with
       `accounting.published_noise(...)(m)` it is the first version's noise. Scaled to the step of
       the row itself, it hides nothing of how long that step was.
-    unit_noise: where the noise comes from, `gaussian_noise(key)` say. Wanted where sigma is not 0.
+    unit_noise: where the noise comes from, `deletion_noise(key)` say. Wanted where sigma is not 0.
     """
 
     rate: float | None = 1.0
@@ -41,13 +41,13 @@ class PaperDeletion:
         if not all(math.isfinite(x) and x >= 0 for x in figures):
             raise ValueError(f"Expected finite figures >= 0, got {self}.")
         if (self.noise_stddev or self.noise_multiplier) and self.unit_noise is None:
-            raise ValueError("Expected unit_noise=gaussian_noise(key) where there is noise.")
+            raise ValueError("Expected unit_noise=deletion_noise(key) where there is noise.")
 
 
-def gaussian_noise(key: Key[Array, ""]) -> UnitNoise:
+def deletion_noise(key: Key[Array, ""]) -> UnitNoise:
     """Standard normal noise from a typed key, different for every deletion.
 
-    >>> draw = gaussian_noise(jax.random.key(0))
+    >>> draw = deletion_noise(jax.random.key(0))
     >>> bool(jnp.all(draw(0, jnp.zeros(2)) == draw(1, jnp.zeros(2))))
     False
     """

@@ -36,7 +36,7 @@ ADMISSIONS = {
     "curvature": None,
 }
 PAPER = transforms.PaperDeletion(
-    noise_stddev=0.1, unit_noise=transforms.gaussian_noise(jax.random.key(3))
+    noise_stddev=0.1, unit_noise=transforms.deletion_noise(jax.random.key(3))
 )
 
 
@@ -250,7 +250,7 @@ def test_an_adaptive_rate_whose_sum_holds_the_row_is_never_said_to_have_nothing_
 def test_forget_step_spends_draws_new_noise_and_takes_no_id_twice():
     odometer = accounting.DeletionOdometer(max_deletions=2, noise_stddev=1.0, sensitivity=1e3)
     still = transforms.PaperDeletion(
-        rate=0.0, unit_noise=transforms.gaussian_noise(jax.random.key(3))
+        rate=0.0, unit_noise=transforms.deletion_noise(jax.random.key(3))
     )
     made = Made("paper", paper=still, odometer=odometer, nothing_below=None)
     params, state = train(made, DATA, STEPS, streams.start())

@@ -188,7 +188,7 @@ def test_drop_pair_takes_the_own_pairs_and_nothing_else():
 
 
 PAPER = transforms.PaperDeletion(
-    rate=1.0, noise_stddev=0.5, unit_noise=transforms.gaussian_noise(jax.random.key(3))
+    rate=1.0, noise_stddev=0.5, unit_noise=transforms.deletion_noise(jax.random.key(3))
 )
 ODOMETER = accounting.DeletionOdometer(max_deletions=3, noise_stddev=0.01, sensitivity=1e3)
 
