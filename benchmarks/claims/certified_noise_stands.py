@@ -52,7 +52,7 @@ def attacked(noise_stddev: float, value: float, num_coordinates: int, num_trials
         kind, centres, np.reshape(outputs, values.shape), truth, rng=rng
     )
     return (
-        wins(narrow, noised(values.astype(np.float32), key_attack)),
+        wins(narrow, noised(values.astype(np.float32).ravel(), key_attack)),
         wins(grid, release.values),
         wins(narrow, release.cast(np.float32)),
         wins(grid, off_grid),

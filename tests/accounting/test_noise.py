@@ -32,9 +32,9 @@ from jaxunlearn.accounting import (
     release_mu,
     round_down,
     round_up,
+    sampler,
 )
 from jaxunlearn.accounting import release as release_module
-from jaxunlearn.accounting import sampler
 from jaxunlearn.errors import NonFiniteError
 
 ALPHA = 1e-6
@@ -46,6 +46,12 @@ def stream(seed):
     """A reproducible entropy source: SHAKE-256 of a seed and a counter."""
     calls = iter(range(10**9))
     return lambda n: hashlib.shake_256(f"{seed}/{next(calls)}".encode()).digest(n)
+
+
+def answers(words):
+    """An entropy source that gives one word after another, whatever the length asked for."""
+    words = iter(words)
+    return lambda n: next(words)
 
 
 def pmf(k, s):
@@ -146,9 +152,8 @@ def test_uniform_integers_reject_the_words_that_would_bias_them():
     for bound, width in [(3, 2), (2**11 - 1, 2), (2**11 + 1, 4), (2**27 - 1, 4), (2**51 - 1, 8)]:
         surplus = 2 ** (8 * width) % bound
         words = [2 ** (8 * width) - 1, 2 ** (8 * width) - surplus, 2 ** (8 * width) - surplus - 1]
-        drawn = iter(word.to_bytes(width, "little") for word in words)
-        draw = lambda n: (word := next(drawn))[: n if n == len(word) else 0]
-        assert sampler._uniform_below(bound, 1, draw).tolist() == [bound - 1]
+        source = sampler.checked(answers(word.to_bytes(width, "little") for word in words))
+        assert sampler._uniform_below(bound, 1, source).tolist() == [bound - 1]
     counts = np.bincount(sampler._uniform_below(3, 90_000, stream("three")), minlength=3)
     assert np.all(np.abs(counts - 30_000) < Z * math.sqrt(20_000))
 
@@ -395,6 +400,39 @@ def test_epsilon_is_infinite_when_an_argument_makes_no_sense(nonsense):
     sane = {"delta": 1e-5, "sensitivity": 1.0, "noise_stddev": 2.0, "dimension": 3}
     assert release_epsilon(**sane) < 2
     assert release_epsilon(**(sane | nonsense)) == math.inf
+
+
+def test_noise_that_rounding_lifts_over_a_power_of_two_sits_on_the_next_grid():
+    budget = {"delta": 1e-5, "dimension": 10**6}
+    sensitivity = certified_mu(epsilon=1.0, **budget) * (1 - 1e-6)
+    assert grid_of(sensitivity / certified_mu(epsilon=1.0, **budget))[0] == 2.0**-25
+    noise = certified_noise(epsilon=1.0, sensitivity=sensitivity, **budget)
+    assert grid_of(noise)[0] == 2.0**-24
+    assert release_epsilon(noise_stddev=noise, sensitivity=sensitivity, **budget) <= 1.0
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"epsilon": 0.0}, {"epsilon": math.nan}, {"epsilon": math.inf}, {"delta": 0.0},
+        {"delta": 1.0}, {"delta": math.nan}, {"dimension": 0}, {"num_releases": 0},
+    ],
+)  # fmt: skip
+def test_no_mu_is_certified_for_a_budget_that_makes_no_sense(nonsense):
+    with pytest.raises(ValueError, match="Expected"):
+        certified_mu(**({"epsilon": 1.0, "delta": 1e-5, "dimension": 3} | nonsense))
+
+
+@pytest.mark.parametrize(
+    ("nonsense", "name"),
+    [({"delta": 0.0}, "delta"), ({"delta": math.nan}, "delta"), ({"dimension": 2**51}, "dimension"),
+     ({"stddev_on_grid": 0.5}, "stddev_on_grid"), ({"stddev_on_grid": math.nan}, "stddev_on_grid")],
+)  # fmt: skip
+def test_the_cost_of_the_grid_is_refused_or_infinite_where_the_derivation_ends(nonsense, name):
+    sane = {"dimension": 10, "delta": 1e-9, "stddev_on_grid": 2**24}
+    with pytest.raises(ValueError, match=name):
+        discretisation_epsilon(**(sane | nonsense))
+    assert discretisation_epsilon(10**9, delta=1e-9, stddev_on_grid=1) == math.inf
 
 
 def test_a_budget_that_the_grid_alone_exceeds_is_refused():

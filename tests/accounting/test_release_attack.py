@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from jaxunlearn import transforms
-from jaxunlearn.accounting import add_grid_noise
+from jaxunlearn.accounting import (
+    add_grid_noise,
+    certified_noise,
+    gaussian_delta,
+    gaussian_epsilon,
+)
 from tests import noise_gates as gates
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
@@ -63,7 +69,7 @@ def test_three_coordinates_of_jax_noise_give_the_game_away(path, support, game):
     }[path]
     own = support.own_outputs(noised, key=jax.random.key(1))
     reachable = support.float32_support(NOISE_STDDEV, own)
-    outputs = np.asarray(noised(jnp.asarray(game[2], jnp.float32), jax.random.key(2)))
+    outputs = np.asarray(noised(jnp.asarray(game[2].ravel(), jnp.float32), jax.random.key(2)))
     assert wins(support, reachable, game, outputs) > 0.99
     assert 0.05 < reachable(own[1], 1.005).mean() < 0.3
     assert reachable(own[1], 1.0).all()
@@ -99,3 +105,38 @@ def test_the_attacker_knows_every_float32_normal(support):
     found = np.searchsorted(normals, drawn).clip(0, len(normals) - 1)
     np.testing.assert_array_equal(normals[found], drawn)
     assert 5.2 < normals[-1] < -normals[0] < 5.43  # the tails end there
+
+
+# The threshold attack, which looks at the density and is the best there is.
+
+
+def audited_mu(low, high):
+    """Lower bound on mu from 1e5 outputs of either side: Clopper-Pearson at alpha together."""
+    threshold = (np.median(low[:1000]) + np.median(high[:1000])) / 2
+    low, high = low[1000:], high[1000:]
+    above = lambda hits, n: special.betaincinv(hits + 1, n - hits, 1 - gates.ALPHA / 2)
+    false_positives = above(np.sum(low > threshold), len(low))
+    false_negatives = above(np.sum(high <= threshold), len(high))
+    return -special.ndtri(false_positives) - special.ndtri(false_negatives)
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 3.0, 8.0])
+def test_the_best_attack_finds_no_more_than_was_certified_and_nearly_all_of_it(epsilon):
+    """n = 1e5 a side: noise a third too small, or twice the sensitivity, is more than certified."""
+    size, delta, sensitivity = 101_000, 1e-5, 0.37
+    stddev = certified_noise(epsilon=epsilon, delta=delta, sensitivity=sensitivity, dimension=1)
+
+    def found(shift, noise_stddev, seed):
+        release = lambda centre, s: (
+            add_grid_noise(
+                np.full(size, centre), noise_stddev=noise_stddev, entropy=gates.philox([seed, s])
+            ).values
+        )
+        mu = audited_mu(release(0.7, 0), release(0.7 + shift, 1))
+        bound = gaussian_epsilon(delta=delta, noise_stddev=1.0, sensitivity=float(mu))
+        assert gaussian_delta(epsilon=bound, noise_stddev=1.0, sensitivity=float(mu)) <= delta
+        return bound
+
+    assert 0.8 * epsilon < found(sensitivity, stddev, 1) <= epsilon
+    assert found(sensitivity, stddev / 1.5, 2) > epsilon
+    assert found(2 * sensitivity, stddev, 3) > epsilon

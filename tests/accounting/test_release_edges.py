@@ -22,6 +22,7 @@ from jaxunlearn.accounting import (
     grid_sensitivity,
     release_epsilon,
     release_mu,
+    sampler,
 )
 from jaxunlearn.errors import NonFiniteError
 from tests import noise_gates as gates
@@ -73,6 +74,32 @@ def test_a_source_stuck_in_all_but_what_the_repetition_test_sees_ends_too(byte):
     source = lambda n: (beginning() + byte * n)[:n] if n >= 32 else byte * n
     with pytest.raises(ValueError, match="Nothing was released"):
         add_grid_noise(np.zeros(1000), noise_stddev=1.0, entropy=source)
+
+
+@pytest.mark.parametrize(
+    ("part", "byte", "story"),
+    [
+        (lambda source: sampler._uniform_below(3, 9, source), b"\xff", "rejected again and again"),
+        (lambda source: sampler._bernoulli_exp(np.ones(9), 1, source), b"\0", "pass every trial"),
+        (lambda source: sampler._discrete_laplace(9, 4, source), b"\2", "never fail a trial"),
+    ],
+)
+def test_each_loop_of_the_sampler_ends(part, byte, story):
+    """Behind the repetition test, that is: the loops are given the stuck bytes themselves."""
+    with pytest.raises(ValueError, match=story):
+        part(lambda n: byte * n)
+
+
+def test_a_sampler_that_rejects_everything_ends(monkeypatch):
+    monkeypatch.setitem(sampler.fill.__globals__, "_accept", lambda y, *rest: y != y)
+    with pytest.raises(ValueError, match="reject every sample"):
+        discrete_gaussian(5, 100)
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, True])
+def test_a_number_of_samples_is_a_whole_number(size):
+    with pytest.raises(ValueError, match="size"):
+        discrete_gaussian(size, 100)
 
 
 def test_a_source_that_says_the_same_twice_is_refused():
