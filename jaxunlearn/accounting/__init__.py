@@ -164,9 +164,9 @@ from jaxunlearn.accounting.rounding import (
 )
 from jaxunlearn.accounting.subsampled import (
     SUBSAMPLED_ORDERS,
-    interpolated_moment,
     subsampled_curve,
     subsampled_group_divergence,
+    subsampled_log_moment,
     subsampled_log_moments,
 )
 from jaxunlearn.accounting.zcdp import (
@@ -246,7 +246,6 @@ __all__ = [
     "hockey_stick_recursion",
     "holder_orders",
     "holder_weights",
-    "interpolated_moment",
     "iteration_mu",
     "jackknife_distance",
     "langevin_curve",
@@ -290,6 +289,7 @@ __all__ = [
     "strongly_convex_capacity",
     "subsampled_curve",
     "subsampled_group_divergence",
+    "subsampled_log_moment",
     "subsampled_log_moments",
     "summation_slack",
     "total_residual",

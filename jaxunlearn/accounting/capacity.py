@@ -19,6 +19,7 @@ m < 2 l2^2 (n - m)/(M L).
 """
 
 import dataclasses
+import functools
 import math
 
 from jaxunlearn.accounting._checks import expect, expect_all, expect_count, least_count
@@ -77,7 +78,7 @@ class StronglyConvex:
                 l2=self.l2,
                 lipschitz=self.lipschitz,
             )
-        return raised(distance / gaussian_mu(epsilon=self.epsilon, delta=self.delta))
+        return raised(distance / _mu(self.epsilon, self.delta))
 
     def excess_risk(self, method: str, *, num_examples: int, num_forgotten: int) -> float:
         """Expected excess risk after deleting the worst `num_forgotten` rows: an upper bound [D].
@@ -197,6 +198,12 @@ def capacity_ceiling(*, num_examples: int, constant: float) -> float:
     if not 0 < constant < 1:
         raise ValueError(f"Expected constant={constant} strictly between 0 and 1.")
     return constant * num_examples
+
+
+@functools.lru_cache(maxsize=64)
+def _mu(epsilon, delta):
+    """`gaussian_mu`, once for each budget."""
+    return gaussian_mu(epsilon=epsilon, delta=delta)
 
 
 def _expect_orders(num_examples, dimension, epsilon, delta):

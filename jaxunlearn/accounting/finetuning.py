@@ -90,7 +90,8 @@ def clipped_finetuning_noise(
     True
     """
     mu = gaussian_mu(epsilon=epsilon, delta=delta)
-    return raised(steps.mu_of_unit_noise(num_steps) / mu)
+    # Twice: `clipped_finetuning_mu` rounds up once itself.
+    return raised(raised(steps.mu_of_unit_noise(num_steps) / mu))
 
 
 def best_num_steps(steps: ClippedSteps, *, max_steps: int) -> int:

@@ -115,7 +115,8 @@ def model_clipping_noise(
     while bad - good > 1e-9 * good:
         middle = (good + bad) / 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return raised(2 * radius / good)
+    # Twice: `model_clipping_steps` rounds up once itself.
+    return raised(raised(2 * radius / good))
 
 
 def _inner_epsilon(epsilon, delta):

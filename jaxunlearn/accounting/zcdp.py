@@ -6,8 +6,8 @@ from fractions import Fraction
 
 from jaxunlearn.accounting._checks import expect, expect_count, expect_delta
 from jaxunlearn.accounting.composition import round_sum
-from jaxunlearn.accounting.renyi import RenyiCurve
-from jaxunlearn.accounting.rounding import lowered, raised
+from jaxunlearn.accounting.renyi import RenyiCurve, renyi_epsilon
+from jaxunlearn.accounting.rounding import above, lowered, raised
 
 
 def zcdp_rho(*, sensitivity: float, noise_stddev: float) -> float:
@@ -53,7 +53,8 @@ def group_zcdp(rho: float, size: int) -> float:
 def zcdp_epsilon(rho: float, *, delta: float, paper_constants: bool = False) -> float:
     """Least epsilon that rho-zCDP implies at `delta`: an upper bound.
 
-    The tight conversion of `RenyiCurve.epsilon` at the best order. `paper_constants=True` gives
+    The tight conversion of `renyi_epsilon` at the best order, which solves
+    rho (alpha - 1)^2 = -ln(alpha delta). `paper_constants=True` gives
     rho + 2 sqrt(rho ln(1/delta)) (Bun and Steinke 2016, Proposition 1.3), which is larger. Where
     the releases were Gaussian, `gaussian_epsilon` at mu = sqrt(2 rho) is exact and smaller still.
 
@@ -64,9 +65,11 @@ def zcdp_epsilon(rho: float, *, delta: float, paper_constants: bool = False) -> 
     """
     expect("rho", rho, at_least=0.0)
     expect_delta(delta)
-    if paper_constants:
-        return raised(rho + 2 * math.sqrt(rho * -math.log(delta)))
-    return RenyiCurve.linear(rho).epsilon(delta=delta)
+    simple = raised(rho + 2 * math.sqrt(rho * -math.log(delta)))
+    if paper_constants or rho == 0.0:
+        return simple
+    order = _best_order(rho, delta)
+    return min(simple, renyi_epsilon(order=order, divergence=above(order * rho), delta=delta))
 
 
 def zcdp_delta(rho: float, *, epsilon: float) -> float:
@@ -104,3 +107,13 @@ def zcdp_budget(*, epsilon: float, delta: float, paper_constants: bool = False) 
         middle = (good + bad) / 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
+
+
+def _best_order(rho, delta):
+    """The root of rho (alpha - 1)^2 + ln(alpha delta), to a few digits: any order is valid."""
+    low, high = 1.0, 1.0 + math.sqrt(-math.log(delta) / rho)
+    for _ in range(60):
+        middle = (low + high) / 2
+        gap = rho * (middle - 1) ** 2 + math.log(middle) + math.log(delta)
+        low, high = (middle, high) if gap < 0 else (low, middle)
+    return min(max(high, 1.0 + 1e-9), 1e100)
