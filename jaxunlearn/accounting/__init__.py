@@ -61,6 +61,10 @@ from jaxunlearn.accounting.distances import (
     recollection_distance,
     rewind_distance,
 )
+from jaxunlearn.accounting.dp_training import (
+    dp_training_epsilon,
+    dp_training_noise,
+)
 from jaxunlearn.accounting.finetuning import (
     ClippedSteps,
     best_num_steps,
@@ -233,6 +237,8 @@ __all__ = [
     "discrete_gaussian",
     "discretisation_epsilon",
     "dp_capacity_order",
+    "dp_training_epsilon",
+    "dp_training_noise",
     "full_state_mu",
     "full_state_schedule",
     "gaussian_delta",

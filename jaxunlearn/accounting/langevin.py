@@ -58,7 +58,8 @@ def langevin_curve(
                      [(alpha - 1/2)/(alpha - 1) e_(s-1)(2 alpha) + e_0(2 alpha - 1)]
 
     [D]; published: rate eta m in place of c, and (alpha - 1/2)/(alpha - 1) [e_(s-1)(2 alpha) +
-    e_0(2 alpha)] [C]. Assumes that training had converged.
+    e_0(2 alpha)] [C]. Assumes that training had converged. The direction is that of the unlearned
+    law from the retrained one; `noisy_sgd_epochs` bounds both.
 
     Args:
       num_steps: K of each request so far, in order.

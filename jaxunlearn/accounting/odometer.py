@@ -26,6 +26,7 @@ from jaxunlearn.accounting.composition import basic_composition
 from jaxunlearn.accounting.gaussian import gaussian_epsilon, gaussian_mu
 from jaxunlearn.accounting.rounding import raised
 from jaxunlearn.accounting.zcdp import zcdp_budget, zcdp_epsilon
+from jaxunlearn.types import Quote
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,22 @@ class Option:
     guarantee: str = "certified"
     seconds: float | None = None
     memory_bytes: int = 0
+
+    @classmethod
+    def of_quote(cls, name: str, quote: Quote, **costs: float) -> "Option":
+        """What an unlearner's `quote` says, with what it would cost of the odometer's resources.
+
+        >>> quote = Quote(feasible=True, reason="", guarantee="exact", seconds=2.0)
+        >>> Option.of_quote("replay", quote, deletions=1).seconds
+        2.0
+        """
+        return cls(
+            name=name,
+            costs=costs,
+            guarantee=quote.guarantee,
+            seconds=quote.seconds,
+            memory_bytes=quote.memory_bytes,
+        )
 
 
 class Request(NamedTuple):

@@ -135,12 +135,12 @@ class RenyiCurve:
     def delta(self, *, epsilon: float) -> float:
         """Least delta at `epsilon` over the orders, by `renyi_delta`: an upper bound."""
         cost = lambda order: renyi_delta(order=order, divergence=self(order), epsilon=epsilon)
-        return self._least(cost)
+        return min(1.0, self._least(cost))
 
     def _least(self, cost):
         """The least cost found; every order's is valid, so the search need not be exact."""
         if self.orders is not None:
-            return min(cost(order) for order in self.orders)
+            return min((cost(order) for order in self.orders), default=math.inf)
         costs = [cost(order) for order in _GRID]
         best = int(np.argmin(costs))
         low = math.log(_GRID[max(best - 1, 0)] - 1)
@@ -194,8 +194,10 @@ def renyi_group(curve: RenyiCurve, *, doublings: int) -> RenyiCurve:
     times = expect_count("doublings", doublings, at_least=0)
     if times == 0:
         return curve
-    inner = lambda order: raised(3.0**times * curve(order * 2.0**times))
-    return RenyiCurve(lambda order: inner(order) if order >= 2 else math.inf)
+    factor, inner = 2.0**times, curve.orders
+    orders = None if inner is None else [o / factor for o in inner if o >= 2 * factor]
+    divergence = lambda order: raised(3.0**times * curve(order * factor))
+    return RenyiCurve(lambda order: divergence(order) if order >= 2 else math.inf, orders)
 
 
 def _expect_order(order):

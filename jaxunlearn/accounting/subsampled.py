@@ -96,6 +96,8 @@ def subsampled_log_moment(order: float, *, sampling_rate: float, mu: float) -> f
     half_width = min(3.0, 3.0 / mu)
     step = half_width * 2 * math.pi / 80
     end = order * mu + math.sqrt(2 * (order * -math.log(sampling_rate) + 100))
+    if end > 2**20 * step:
+        return raised(order * (order - 1) * mu * mu / 2)  # without sampling, which costs more
     x = np.arange(-14.0, end + step, step)
     shift = mu * x - mu * mu / 2
     # ln z = ln(1 - q + q e^v), without overflow
@@ -145,15 +147,15 @@ def subsampled_curve(*, sampling_rate: float, mu: float, num_steps: int = 1) -> 
 def subsampled_group_divergence(order: int, *, sampling_rate: float, mu: float, size: int) -> float:
     """D_order of one step *with* `size` rows from the step without them: an upper bound, directed.
 
-    The number K of sampled rows is Binomial(size, q), and contributions of norm at most mu each
-    are worst when they agree (Choquette-Choo et al. 2024, Lemma 4.5 [R]). Over independent copies
-    K_1, ..., K_alpha, E_Q (P/Q)^alpha = E exp(mu^2 sum_(i<j) K_i K_j), which is
+    The number K of sampled rows is Binomial(size, q). Over independent copies of the sample with
+    sums u_1, ..., u_alpha, E_Q (P/Q)^alpha = E exp(sum_(i<j) u_i'u_j), and u_i'u_j is at most
+    mu^2 K_i K_j, whatever the directions of the rows; so it is at most
 
         sum_s e^(mu^2 s^2 / 2) (v * v * ... * v)(s),   v(k) = Pr(K = k) e^(-mu^2 k^2 / 2),
 
-    an alpha-fold convolution of positive numbers [D], summed by how many copies are not zero so
-    that nothing cancels. It is the direction that unlearning asks
-    for; a two-sided guarantee needs the other, which this does not bound: use `renyi_group`.
+    an alpha-fold convolution of positive numbers [D], here summed by how many copies are not zero,
+    so that nothing cancels. It is the direction that unlearning asks for; a two-sided guarantee needs
+    the other too, which this does not bound: use `renyi_group`.
 
     Args:
       order: an integer >= 2.  size: number of rows, >= 1.

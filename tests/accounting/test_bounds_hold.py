@@ -364,3 +364,19 @@ def test_full_state_descent_is_never_below_its_linear_chain():
             )
         )  # fmt: skip
     loose(bounds, truths)
+
+
+def test_the_budget_of_objective_perturbation_is_exact_for_a_fixed_residual():
+    rng = np.random.default_rng(15)
+    for _ in range(NUM):
+        sigma, epsilon = math.exp(rng.uniform(-3, 3)), math.exp(rng.uniform(-4, 1.5))
+        delta = 10 ** rng.uniform(-8, -2)
+        scheme = {"noise_stddev": sigma, "epsilon": epsilon, "delta": delta}
+        ours = accounting.removal_budget(**scheme)
+        paper = accounting.removal_budget(**scheme, paper_constants=True)
+        spent = lambda beta, s=sigma, e=epsilon: accounting.gaussian_delta(
+            epsilon=e, noise_stddev=s, sensitivity=beta
+        )
+        assert spent(ours) <= delta < spent(ours * (1 + 1e-6))
+        if epsilon <= 1:
+            assert paper < ours

@@ -1,6 +1,7 @@
 """Renyi curves, samples and compositions against dp_accounting, mpmath and each other."""
 
 import math
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 
-from jaxunlearn import accounting
+from jaxunlearn import accounting, errors
 from jaxunlearn.accounting import RenyiCurve
 
 
@@ -76,6 +77,56 @@ def test_a_real_order_equals_the_integral_by_mpmath():
                 )
                 ours = accounting.subsampled_log_moment(order, sampling_rate=rate, mu=mu)
                 assert 0 <= float(ours / mpmath.log(moment) - 1) < 1e-9
+
+
+def test_the_other_direction_of_a_sampled_gaussian_is_never_the_larger():
+    rng = np.random.default_rng(0)
+    x = np.linspace(-40, 40, 1601)
+    density = np.exp(-0.5 * x * x) * (x[1] - x[0]) / math.sqrt(2 * math.pi)
+    for _ in range(1000):
+        rate, mu = math.exp(rng.uniform(-5, -0.1)), rng.uniform(0.1, 1.5)
+        order = 1 + math.exp(rng.uniform(-1, 2))
+        log_z = np.log1p(rate * np.expm1(mu * x - mu * mu / 2))
+        reverse = np.sum(density * np.exp((1 - order) * log_z))
+        ours = accounting.subsampled_log_moment(order, sampling_rate=rate, mu=mu)
+        assert math.log(reverse) <= ours * (1 + 1e-9) + 1e-13
+
+
+def test_private_training_for_one_row_and_for_several():
+    pytest.importorskip("dp_accounting")
+    scheme = {"noise_multiplier": 1.0, "sampling_rate": 0.01, "delta": 1e-5}
+    exact = accounting.dp_training_epsilon(num_steps=100, accountant="pld", **scheme)
+    assert round(exact, 6) == 0.718037
+    assert exact < accounting.dp_training_epsilon(num_steps=100, **scheme)
+    scheme = {"noise_multiplier": 4.0, "sampling_rate": 0.01, "delta": 1e-5, "num_steps": 200}
+    for rows in (2, 3):
+        exact = accounting.dp_training_epsilon(num_rows=rows, accountant="pld", **scheme)
+        bound = accounting.dp_training_epsilon(num_rows=rows, **scheme)
+        assert exact < bound < 2 * exact
+
+
+def test_full_batch_training_is_one_gaussian_for_any_group():
+    for rows in (1, 5):
+        found = accounting.dp_training_epsilon(
+            noise_multiplier=30.0, num_steps=64, delta=1e-6, num_rows=rows
+        )
+        exact = accounting.gaussian_epsilon(delta=1e-6, noise_stddev=30.0, sensitivity=rows * 8.0)
+        assert exact <= found < exact * (1 + 1e-9)
+
+
+def test_noise_of_private_training_is_enough_and_hardly_more():
+    scheme = {"delta": 1e-6, "num_steps": 300, "sampling_rate": 0.02, "num_rows": 2}
+    noise = accounting.dp_training_noise(epsilon=2.0, **scheme)
+    cost = lambda z: accounting.dp_training_epsilon(noise_multiplier=z, **scheme)
+    assert cost(noise) <= 2.0 < cost(noise * (1 - 2e-4))
+
+
+def test_private_training_names_the_extra_that_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(errors.MissingExtraError, match=r"jaxunlearn\[privacy\]"):
+        accounting.dp_training_epsilon(
+            noise_multiplier=1.0, num_steps=2, delta=1e-5, sampling_rate=0.5, accountant="pld"
+        )
 
 
 def test_sampling_everybody_or_nobody():
@@ -257,6 +308,10 @@ def test_the_best_number_of_steps_is_the_best(scheme):
         (lambda: accounting.renyi_epsilon(order=2, divergence=-1.0, delta=0.1), "divergence=-1.0"),
         (lambda: accounting.renyi_triangle(
             RenyiCurve.gaussian(1.0), RenyiCurve.gaussian(1.0), split=1.0), "split"),
+        (lambda: accounting.dp_training_epsilon(
+            noise_multiplier=1.0, num_steps=1, delta=0.1, sampling_rate=0.0), "sampling_rate=0.0"),
+        (lambda: accounting.dp_training_epsilon(
+            noise_multiplier=1.0, num_steps=1, delta=0.1, sampling_rate=0.1, accountant="x"), "'x"),
         (lambda: accounting.subsampled_curve(sampling_rate=1.5, mu=1.0), "sampling_rate=1.5"),
         (lambda: accounting.subsampled_log_moments(2, sampling_rate=0.5, mu=-1.0), "mu >= 0"),
         (lambda: accounting.group_privacy(epsilon=1.0, delta=0.1, size=0), "size=0"),
