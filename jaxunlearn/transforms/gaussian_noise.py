@@ -82,9 +82,7 @@ def gaussian_noise(
 
     def init(params):
         del params
-        return GaussianNoiseState(
-            noise_key=jnp.copy(key), num_noise_steps=jnp.zeros((), jnp.int32)
-        )
+        return GaussianNoiseState(noise_key=jnp.copy(key), num_noise_steps=jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None, **extra):
         del params, extra
