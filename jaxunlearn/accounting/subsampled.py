@@ -154,8 +154,8 @@ def subsampled_group_divergence(order: int, *, sampling_rate: float, mu: float, 
         sum_s e^(mu^2 s^2 / 2) (v * v * ... * v)(s),   v(k) = Pr(K = k) e^(-mu^2 k^2 / 2),
 
     an alpha-fold convolution of positive numbers [D], here summed by how many copies are not zero,
-    so that nothing cancels. It is the direction that unlearning asks for; a two-sided guarantee needs
-    the other too, which this does not bound: use `renyi_group`.
+    so that nothing cancels. It is the direction that unlearning asks for; a two-sided guarantee
+    needs the other too, which this does not bound: use `renyi_group`.
 
     Args:
       order: an integer >= 2.  size: number of rows, >= 1.
