@@ -76,6 +76,8 @@ class Descent(NamedTuple):
 
         [D]: diameter gamma^T <= gamma^I s_n / (1 - gamma^I).
         """
+        if self.rate == 0.0:
+            return 1
         wanted = self.distance(num_steps) / 2
         if diameter <= wanted:
             return 0
@@ -155,6 +157,8 @@ def full_state_schedule(
     expect("epsilon", epsilon, above_=0.0)
     expect_delta(delta)
     dimension = expect_count("dimension", dimension)
+    if descent.rate == 0.0:
+        raise ValueError(f"Expected strong_convexity < smoothness in {descent}: one step is exact.")
     log_gamma = -math.log(descent.rate)
     tail = 2 * math.log(2 / delta)
     gap = lambda high, low: (high - low) / (math.sqrt(tail + high) + math.sqrt(tail + low))

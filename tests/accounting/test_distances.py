@@ -276,6 +276,31 @@ def test_capacity_falls_with_the_fourth_root_of_the_dimension_and_a_dp_learners_
     assert newton[0] < accounting.capacity_ceiling(num_examples=10**13, constant=0.99)
 
 
+def test_excess_risk_is_generalisation_and_deletion_and_noise():
+    problem = StronglyConvex(
+        l2=0.5, lipschitz=2.0, hessian_lipschitz=0.3, dimension=9, epsilon=1.0, delta=1e-5
+    )
+    risk = lambda how, m: problem.excess_risk(how, num_examples=100, num_forgotten=m)
+    assert risk("newton", 0) == pytest.approx(2 * 4 / (0.5 * 100))
+    assert risk("newton", 100) == math.inf
+    mu = accounting.gaussian_mu(epsilon=1.0, delta=1e-5)
+    common = 2 * 4 / (0.5 * 100) + 10 * 4 / (0.5 * 90)
+    newton = 0.3 * 100 * 4 / (2 * 0.125 * 90**2)
+    assert risk("newton", 10) == pytest.approx(common + 2 * 3 * newton / mu)
+    output = 10 * 2 / (0.5 * 90)
+    assert risk("output_perturbation", 10) == pytest.approx(common + 2 * 3 * output / mu)
+    with pytest.raises(ValueError, match="Expected method in"):
+        risk("retrain", 10)
+
+
+def test_descent_at_the_condition_number_one_is_done_in_a_step():
+    descent = Descent(1.0, 1.0, 1.0, 10)
+    assert descent.distance(1) == 0.0
+    assert descent.first_steps(1, diameter=5.0) == 1
+    with pytest.raises(ValueError, match="strong_convexity < smoothness"):
+        accounting.full_state_schedule(descent, epsilon=1.0, delta=1e-3, dimension=2, num_updates=1)
+
+
 def test_excess_risk_of_a_mean_is_within_the_bound():
     # loss_i = (l2/2) |w - z_i|^2 with z in the unit ball: the minimiser is the mean, M = 0.
     rng = np.random.default_rng(60)

@@ -105,6 +105,21 @@ def test_private_training_for_one_row_and_for_several():
         assert exact < bound < 2 * exact
 
 
+def test_groups_of_private_training_split_delta_as_well_as_a_search_does():
+    rows, delta = 3, 1e-5
+    curve = accounting.subsampled_curve(sampling_rate=0.01, mu=0.25, num_steps=200)
+    best = math.inf
+    for one in np.geomspace(1e-12, delta / rows, 300):
+        group = accounting.group_privacy(epsilon=curve.epsilon(delta=one), delta=one, size=rows)
+        if group.delta <= delta:
+            best = min(best, group.epsilon)
+    best = min(best, accounting.renyi_group(curve, doublings=2).epsilon(delta=delta))
+    found = accounting.dp_training_epsilon(
+        noise_multiplier=4.0, num_steps=200, delta=delta, sampling_rate=0.01, num_rows=rows
+    )
+    assert best * (1 - 5e-3) <= found <= best * (1 + 1e-9)
+
+
 def test_full_batch_training_is_one_gaussian_for_any_group():
     for rows in (1, 5):
         found = accounting.dp_training_epsilon(
