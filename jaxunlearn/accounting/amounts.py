@@ -25,7 +25,11 @@ def units_up(amount: float) -> int:
 
 
 def units_down(amount: float) -> int:
-    """`amount` in units of 10^-30, rounded down: what a total holds."""
+    """`amount` in units of 10^-30, rounded down: what a total holds.
+
+    >>> units_down(1e-31), units_up(1e-31)
+    (0, 1)
+    """
     return _units(amount, decimal.ROUND_FLOOR)
 
 

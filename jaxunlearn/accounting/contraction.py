@@ -101,6 +101,10 @@ def contract(curve: RenyiCurve, steps: NoisySteps, *, num_steps: int) -> RenyiCu
     """The curve after `num_steps` noisy steps on both sides: an upper bound at every order [D].
 
     The reference (second argument of D_alpha) is the one whose log-Sobolev constant `steps` states.
+
+    >>> steps = NoisySteps(lipschitz=0.5, noise_stddev=1.0, lsi_constant=4 / 3)
+    >>> round(contract(RenyiCurve.linear(1.0), steps, num_steps=2)(2.0), 6)
+    0.5
     """
     decay = lambda order: renyi_decay(steps, order=order, num_steps=num_steps)
     return RenyiCurve(lambda order: raised(curve(order) * decay(order)), curve.orders)

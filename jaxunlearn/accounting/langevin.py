@@ -63,6 +63,11 @@ def langevin_curve(
 
     Args:
       num_steps: K of each request so far, in order.
+
+    >>> setting = NoisySGD(strong_convexity=1.0, smoothness=2.0, gradient_clip=1.0,
+    ...     noise_stddev=1.0, num_examples=10)
+    >>> round(langevin_curve(setting, num_replaced=1, num_steps=[2])(2.0), 6)
+    0.0075
     """
     learning = langevin_learning_curve(
         setting, num_replaced=num_replaced, paper_constants=paper_constants

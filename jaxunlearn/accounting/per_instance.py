@@ -70,6 +70,9 @@ def step_losses(
 
     Args:
       norms: r_t, clipped gradient norms over the noise, each rounded up if at all.
+
+    >>> step_losses(np.array([0.5, 0.0]), order=2.0, sampling_rate=1.0, exponent=3.0).round(9)
+    array([1.5, 0. ])
     """
     norms = np.asarray(norms, np.float64)
     num_steps = norms.shape[-1]
@@ -112,6 +115,11 @@ def per_instance_loss(
       ValueError: a norm above the clip, or several exponents with a failure probability.
 
     Cost: R T (order)^2 terms for each p.
+
+    >>> norms = np.full((2, 4), 0.1)
+    >>> loss = per_instance_loss(norms, order=2.0, sampling_rate=0.1, clip=0.5)
+    >>> loss.kind, loss.value < loss.data_independent
+    ('estimate', True)
 
     References:
       Thudi, Jia, Meehan, Shumailov and Papernot, "Gradients look alike: privacy is often

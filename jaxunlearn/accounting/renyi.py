@@ -166,6 +166,10 @@ def renyi_triangle(first: RenyiCurve, second: RenyiCurve, *, split: float = 2.0)
 
     Args:
       split: p > 1.
+
+    >>> chain = renyi_triangle(RenyiCurve.gaussian(1.0), RenyiCurve.gaussian(1.0))
+    >>> round(chain(2.0), 6)  # the truth, of Gaussians 2 apart, is 4
+    4.5
     """
     expect("split - 1", split - 1, above_=0.0)
     conjugate = split / (split - 1)
