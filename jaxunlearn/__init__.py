@@ -15,6 +15,7 @@ from jaxunlearn.records import oracle
 from jaxunlearn.types import (
     Budget,
     Data,
+    ExactLearner,
     ForgetInfo,
     Forgotten,
     Quote,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Budget",
     "Data",
+    "ExactLearner",
     "ForgetInfo",
     "Forgotten",
     "Quote",

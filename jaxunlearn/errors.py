@@ -77,6 +77,10 @@ class RecordTooLargeError(JaxUnlearnError, ValueError):
     """The deletion record would take more memory than was allowed."""
 
 
+class SumOverflowError(JaxUnlearnError, OverflowError):
+    """An exact sum, or a value on its grid, does not fit its integers; nothing was changed."""
+
+
 class SolverError(JaxUnlearnError, ArithmeticError):
     """A linear solve met a matrix it must not meet (negative curvature); nothing was released."""
 

@@ -246,6 +246,24 @@ class Unlearner(optax.GradientTransformationExtraArgs):
         return self._replace()
 
 
+class ExactLearner(NamedTuple):
+    """A learner that takes no Optax steps, with the `forget` and `quote` of an `Unlearner`.
+
+      fit(data, ids=None, **options) -> (params, state)
+      predict(params, batch) -> outputs, pure
+      forget(params, state, ids, *, data=None, requester=None) -> Forgotten
+      quote(params, state, ids) -> Quote
+
+    `state` is an `UnlearnerState`: `inner` is an optimizer's state where the learner has one and
+    `()` elsewhere, `record` is never released. `fit` starts from the beginning each time.
+    """
+
+    fit: Callable[..., tuple[Params, UnlearnerState]]
+    predict: Callable[..., PyTree]
+    forget: Callable[..., Forgotten]
+    quote: Callable[..., Quote]
+
+
 def released(opt_state: UnlearnerState) -> optax.OptState:
     """The part of an unlearner's state that may leave the house: the wrapped optimizer's state.
 

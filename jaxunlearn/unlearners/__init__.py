@@ -16,6 +16,15 @@ from jaxunlearn.unlearners.memory_pair import (
 from jaxunlearn.unlearners.newton import NewtonRecord, newton
 from jaxunlearn.unlearners.recollect import Recollector, RecollectRecord, recollect
 from jaxunlearn.unlearners.replay import ReplayRecord, replay
+from jaxunlearn.unlearners.statistical_queries import (
+    StatisticalQueryRecord,
+    Summation,
+    gaussian_naive_bayes,
+    multinomial_naive_bayes,
+    ridge,
+    statistical_queries,
+    summation,
+)
 
 __all__ = [
     "DeltaGradRecord",
@@ -28,15 +37,22 @@ __all__ = [
     "RecollectRecord",
     "Recollector",
     "ReplayRecord",
+    "StatisticalQueryRecord",
     "Stream",
     "StreamOutput",
     "StreamState",
     "StreamUnlearner",
+    "Summation",
     "deltagrad",
     "fixed_path",
+    "gaussian_naive_bayes",
     "memory_pair",
+    "multinomial_naive_bayes",
     "newton",
     "recollect",
     "replay",
+    "ridge",
+    "statistical_queries",
+    "summation",
     "trajectory_bytes",
 ]
