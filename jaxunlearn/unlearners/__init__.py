@@ -2,6 +2,12 @@
 
 from jaxunlearn.unlearners.deltagrad import DeltaGradRecord, deltagrad, trajectory_bytes
 from jaxunlearn.unlearners.fixed_path import FixedPathRecord, fixed_path
+from jaxunlearn.unlearners.kmeans import (
+    DividedKMeansRecord,
+    QuantisedKMeansRecord,
+    divided_kmeans,
+    quantised_kmeans,
+)
 from jaxunlearn.unlearners.memory_pair import (
     Event,
     EventKind,
@@ -28,12 +34,14 @@ from jaxunlearn.unlearners.statistical_queries import (
 
 __all__ = [
     "DeltaGradRecord",
+    "DividedKMeansRecord",
     "Event",
     "EventKind",
     "FixedPathRecord",
     "MemoryPairRecord",
     "NewtonRecord",
     "Outcome",
+    "QuantisedKMeansRecord",
     "RecollectRecord",
     "Recollector",
     "ReplayRecord",
@@ -44,11 +52,13 @@ __all__ = [
     "StreamUnlearner",
     "Summation",
     "deltagrad",
+    "divided_kmeans",
     "fixed_path",
     "gaussian_naive_bayes",
     "memory_pair",
     "multinomial_naive_bayes",
     "newton",
+    "quantised_kmeans",
     "recollect",
     "replay",
     "ridge",

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,6 +56,17 @@ LEARNERS = [
     _queries("ridge", unlearners.ridge(l2=0.5)),
     _queries("gaussian", unlearners.gaussian_naive_bayes(num_classes=3)),
     _queries("multinomial", unlearners.multinomial_naive_bayes(num_classes=3, grid=2.0**-16)),
+    LearnerCase(
+        "quantised_kmeans",
+        functools.partial(unlearners.quantised_kmeans, 3, lattice=0.5),
+        {"key": jax.random.key(0)},
+    ),
+    LearnerCase(
+        "divided_kmeans",
+        functools.partial(unlearners.divided_kmeans, 3, width=2),
+        {"key": jax.random.key(0)},
+        reads_forgotten=False,
+    ),
     _queries("line", unlearners.summation(_line, _through, _predict_line, grid=2.0**-20)),
 ]
 
