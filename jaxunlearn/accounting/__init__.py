@@ -166,6 +166,11 @@ from jaxunlearn.accounting.rounding import (
     round_down,
     round_up,
 )
+from jaxunlearn.accounting.sharding import (
+    sharded_retraining,
+    slice_epochs,
+    sliced_retraining,
+)
 from jaxunlearn.accounting.subsampled import (
     SUBSAMPLED_ORDERS,
     subsampled_curve,
@@ -286,6 +291,9 @@ __all__ = [
     "round_down",
     "round_up",
     "sample_complexity",
+    "sharded_retraining",
+    "slice_epochs",
+    "sliced_retraining",
     "spectral_norm_bound",
     "split_budget",
     "stationary_lsi",

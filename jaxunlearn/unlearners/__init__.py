@@ -22,6 +22,7 @@ from jaxunlearn.unlearners.memory_pair import (
 from jaxunlearn.unlearners.newton import NewtonRecord, newton
 from jaxunlearn.unlearners.recollect import Recollector, RecollectRecord, recollect
 from jaxunlearn.unlearners.replay import ReplayRecord, replay
+from jaxunlearn.unlearners.sisa import SisaRecord, sisa
 from jaxunlearn.unlearners.statistical_queries import (
     StatisticalQueryRecord,
     Summation,
@@ -45,6 +46,7 @@ __all__ = [
     "RecollectRecord",
     "Recollector",
     "ReplayRecord",
+    "SisaRecord",
     "StatisticalQueryRecord",
     "Stream",
     "StreamOutput",
@@ -62,6 +64,7 @@ __all__ = [
     "recollect",
     "replay",
     "ridge",
+    "sisa",
     "statistical_queries",
     "summation",
     "trajectory_bytes",

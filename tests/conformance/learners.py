@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxunlearn import ExactLearner, unlearners
 
@@ -49,6 +50,26 @@ def _predict_line(params, batch):
     return params["slope"] * batch["x"][:, 0] + params["offset"]
 
 
+def cross_entropy(params, batch):
+    """Softmax regression."""
+    scores = batch["x"] @ params["w"] + params["b"]
+    return optax.losses.softmax_cross_entropy_with_integer_labels(scores, batch["y"]).mean()
+
+
+def sisa(*, num_examples):
+    """Three shards of two slices, Adam."""
+    return unlearners.sisa(
+        optax.adam(0.1),
+        cross_entropy,
+        init_params=lambda key: {"w": 0.1 * jax.random.normal(key, (5, 3)), "b": jnp.zeros(3)},
+        apply_fn=lambda params, batch: jax.nn.softmax(batch["x"] @ params["w"] + params["b"]),
+        num_examples=num_examples,
+        num_shards=3,
+        num_slices=2,
+        batch_size=4,
+    )
+
+
 _queries = lambda name, query: LearnerCase(
     f"statistical_queries-{name}", functools.partial(statistical_queries, query)
 )
@@ -67,6 +88,7 @@ LEARNERS = [
         {"key": jax.random.key(0)},
         reads_forgotten=False,
     ),
+    LearnerCase("sisa", sisa, {"key": jax.random.key(0)}, reads_forgotten=False),
     _queries("line", unlearners.summation(_line, _through, _predict_line, grid=2.0**-20)),
 ]
 
