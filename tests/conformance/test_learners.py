@@ -97,10 +97,18 @@ def test_predict_jits(case):
 
 
 @each
-@pytest.mark.parametrize("how", ["npz", "flax"])
-def test_save_load_forget_equals_forget(case, how):
+@pytest.mark.parametrize("how", ["npz", "flax", "orbax"])
+def test_save_load_forget_equals_forget(case, how, tmp_path):
     run = fitted(case.name)
-    if how == "flax":
+    if how == "orbax":
+        orbax = pytest.importorskip("orbax.checkpoint")
+        pair = {"params": run.params, "state": run.state}
+        with orbax.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", pair)
+            checkpointer.wait_until_finished()
+            loaded = checkpointer.restore(tmp_path / "state", pair)
+        params, state = loaded["params"], loaded["state"]
+    elif how == "flax":
         serialization = pytest.importorskip("flax.serialization")
         blob = serialization.to_bytes((run.params, run.state))
         params, state = serialization.from_bytes((run.params, run.state), blob)
