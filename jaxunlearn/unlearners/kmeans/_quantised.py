@@ -3,6 +3,7 @@
 Ginart, Guan, Valiant, Zou 2019, "Making AI Forget You" (arXiv 1907.05012), algorithm 1.
 """
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -265,11 +266,17 @@ def _empty_path(setting: _Setting, seeds, centroids) -> _Path:
     )
 
 
-def _phase(words, step: int, setting: _Setting, dimension: int) -> np.ndarray:
-    """The lattice's offset in one iteration, in grid steps."""
-    _, phase_key = jax.random.split(jax.random.wrap_key_data(words))
-    key = jax.random.fold_in(phase_key, step)
-    return np.asarray(jax.random.randint(key, (dimension,), 0, setting.lattice), np.float64)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw_phases(words, iterations: int, dimension: int, lattice: int):
+    _, key = jax.random.split(jax.random.wrap_key_data(words))
+    draw = lambda t: jax.random.randint(jax.random.fold_in(key, t), (dimension,), 0, lattice)
+    return jax.vmap(draw)(jnp.arange(iterations))
+
+
+def _phases(words, setting: _Setting, dimension: int) -> np.ndarray:
+    """The lattice's offset in each iteration, in grid steps."""
+    phases = _draw_phases(words, setting.max_iterations, dimension, setting.lattice)
+    return np.asarray(jax.device_get(phases), np.float64)
 
 
 def _move(setting: _Setting, sums, counts, num_rows: int, centroids, phase) -> np.ndarray:
@@ -285,6 +292,7 @@ def _iterate(setting: _Setting, rows, path: _Path, words, start: int) -> _Path:
     """The path from iteration `start`, whose centroids are known, to its end."""
     centroids, sums, counts = path.centroids.copy(), path.sums.copy(), path.counts.copy()
     losses, last = list(path.losses), setting.max_iterations
+    phases = _phases(words, setting, centroids.shape[-1])
     centroids[start + 1 :], sums[start:], counts[start:] = 0, 0, 0
     losses[start:] = [0] * len(losses[start:])
     for t in range(start, last + 1):
@@ -294,8 +302,9 @@ def _iterate(setting: _Setting, rows, path: _Path, words, start: int) -> _Path:
             return _Path(path.seeds, centroids, sums, counts, losses, t, t - 1)
         if t < last:
             sums[t], counts[t] = _lloyd.cluster_sums(rows, labels, setting.num_clusters)
-            phase = _phase(words, t, setting, rows.shape[1])
-            centroids[t + 1] = _move(setting, sums[t], counts[t], len(rows), centroids[t], phase)
+            centroids[t + 1] = _move(
+                setting, sums[t], counts[t], len(rows), centroids[t], phases[t]
+            )
     return _Path(path.seeds, centroids, sums, counts, losses, last, last)
 
 
@@ -303,6 +312,7 @@ def _retrace(setting: _Setting, gone, path: _Path, words, num_rows: int):
     """(the path without the rows `gone`, None or the iteration from which it must be run)."""
     centroids, sums, counts = path.centroids.copy(), path.sums.copy(), path.counts.copy()
     losses, last = list(path.losses), setting.max_iterations
+    phases = _phases(words, setting, centroids.shape[-1])
     for t in range(path.steps + 1):
         labels, distances = _lloyd.nearest(gone, centroids[t])
         losses[t] -= _lloyd.exact_total(distances)
@@ -316,8 +326,7 @@ def _retrace(setting: _Setting, gone, path: _Path, words, num_rows: int):
             return _Path(path.seeds, centroids, sums, counts, losses, t, t), t
         less, fewer = _lloyd.cluster_sums(gone, labels, setting.num_clusters)
         sums[t], counts[t] = sums[t] - less, counts[t] - fewer
-        phase = _phase(words, t, setting, gone.shape[1])
-        moved = _move(setting, sums[t], counts[t], num_rows, centroids[t], phase)
+        moved = _move(setting, sums[t], counts[t], num_rows, centroids[t], phases[t])
         if not np.array_equal(moved, centroids[t + 1]):
             centroids[t + 1] = moved
             return _Path(path.seeds, centroids, sums, counts, losses, t, t), t + 1
