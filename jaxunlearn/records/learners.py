@@ -91,13 +91,13 @@ def check_learner_request(
             f"Expected the parameters that {method} returned together with this state, got others. "
             "Keep the pair together, unchanged."
         )
-    again = np.intersect1d(ids, forgotten_ids(fitted.participation))
+    again = ids[_among(ids, forgotten_ids(fitted.participation))]
     if again.size:
         raise errors.AlreadyForgottenError(
             f"Expected ids that are still in the model, got {show_ids(again)}, already forgotten. "
             "An id is never used again; a new row needs a new id."
         )
-    strangers = np.setdiff1d(ids, seen_ids(fitted.participation))
+    strangers = ids[~_among(ids, seen_ids(fitted.participation))]
     if strangers.size:
         raise errors.NeverSeenError(
             f"Expected ids that fit has seen, got {show_ids(strangers)}. There is nothing of them "
@@ -107,12 +107,13 @@ def check_learner_request(
 
 
 def retained_ids(fitted: Fitted, ids: np.ndarray) -> np.ndarray:
-    """Ids still in the model without `ids`.
+    """Ids still in the model without `ids`, which are in it.
 
     Raises:
       RetainSetEmptyError: none is left.
     """
-    retained = np.setdiff1d(seen_ids(fitted.participation), ids)
+    seen = seen_ids(fitted.participation)
+    retained = np.delete(seen, np.searchsorted(seen, ids))
     if not retained.size:
         raise errors.RetainSetEmptyError(
             "Expected at least one row to be retained: there is nothing left to fit. Start afresh."
@@ -141,6 +142,12 @@ def read_blocks(
     for start in range(0, len(ids), size):
         block = np.asarray(ids[start : start + size], np.int32)
         yield block, reader(block)
+
+
+def _among(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which of the sorted `ids` are in the sorted `known`."""
+    places = np.minimum(np.searchsorted(known, ids), max(0, len(known) - 1))
+    return known[places] == ids if len(known) else np.zeros(len(ids), bool)
 
 
 def _digest(params: Params) -> UInt8[Array, "32"]:
