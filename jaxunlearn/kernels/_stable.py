@@ -49,14 +49,16 @@ def exponent(x: Float[Array, "..."]) -> Int[Array, "..."]:
 
 def scale_by(x: Float[Array, "..."], e: Int[Array, "..."]) -> Float[Array, "..."]:
     """x * 2^e, exact as long as the result is a normal number."""
-    integer, shift, bias = _BITS[x.dtype.name]
+    bias = _BITS[x.dtype.name][2]
+    e = lax.clamp(-2 * (bias - 1), e, 2 * bias)
+    half = lax.shift_right_arithmetic(e, jnp.ones_like(e))
+    return x * _power_of_two(half, x.dtype) * _power_of_two(e - half, x.dtype)
 
-    def power_of_two(n):
-        return lax.bitcast_convert_type(jnp.left_shift((n + bias).astype(integer), shift), x.dtype)
 
-    e = jnp.clip(e, -2 * (bias - 1), 2 * bias)
-    half = e // 2
-    return x * power_of_two(half) * power_of_two(e - half)
+def _power_of_two(e: Int[Array, "..."], dtype) -> Float[Array, "..."]:
+    """2^e, where that is a normal number."""
+    integer, shift, bias = _BITS[jnp.dtype(dtype).name]
+    return lax.bitcast_convert_type(jnp.left_shift((e + bias).astype(integer), shift), dtype)
 
 
 def additions(n: int) -> int:
