@@ -152,10 +152,20 @@ def _weighted_sum(grads: "PerExampleGradients", weights: tuple | None, groups: G
     if weights is not None or grads.is_padding is not None:
         ones = jnp.ones(grads.losses.shape, _stable.widened(grads.losses))
         weights = (ones,) if weights is None else weights
-        weights = tuple(jnp.where(grads.contributes, w, 0) for w in weights)
+        weights = tuple(_settled(grads.contributes, w) for w in weights)
     leaves = _leaf_sums(grads.factors, weights, groups)
     dtypes = [dtype or own for own in grads.dtypes]
     return jax.tree.unflatten(grads.treedef, [x.astype(d) for x, d in zip(leaves, dtypes)])
+
+
+def _settled(contributes, weights):
+    """The weights, zero in the rows that do not count, worked out once.
+
+    XLA on CPU works out what is not dear again for each element that it multiplies, barrier or
+    none. A division is dear.
+    """
+    one = jnp.where(contributes, 1, jnp.inf).astype(weights.dtype)
+    return jnp.where(contributes, weights, 0) / one
 
 
 def _leaf_sums(factors, weights, groups: Groups) -> list[Array]:

@@ -6,14 +6,17 @@ here count roundings, times u, with a margin that covers the second-order terms.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
+
+from jaxunlearn.kernels.rowwise import local_params
 
 SLACK = 16
 """Roundings granted to square roots, products and scalings, whose number never depends on sizes."""
@@ -50,7 +53,7 @@ def exponent(x: Float[Array, "..."]) -> Int[Array, "..."]:
 def scale_by(x: Float[Array, "..."], e: Int[Array, "..."]) -> Float[Array, "..."]:
     """x * 2^e, exact as long as the result is a normal number."""
     bias = _BITS[x.dtype.name][2]
-    e = lax.clamp(-2 * (bias - 1), e, 2 * bias)
+    e = jnp.minimum(jnp.maximum(e, -2 * (bias - 1)), 2 * bias)
     half = lax.shift_right_arithmetic(e, jnp.ones_like(e))
     return x * _power_of_two(half, x.dtype) * _power_of_two(e - half, x.dtype)
 
@@ -88,50 +91,73 @@ def norm_parts(x: Float[Array, "*b n"]) -> Parts:
     return all_norm_parts([x])[0]
 
 
-def all_norm_parts(arrays: Sequence[Array]) -> list[Parts]:
-    """`norm_parts` of each array. One guard is for all: every branch is compiled for its own."""
+def all_norm_parts(
+    arrays: Sequence[Array], same: Mapping[int, Any] = MappingProxyType({})
+) -> list[Parts]:
+    """`norm_parts` of each array, in one loop: XLA compiles what is in it once for all.
+
+    Args:
+      same: by the id of an array, what it is reshaped from: a bias and its weight share a factor,
+        which has one norm.
+    """
     # As matrices, so that XLA sees that a bias and its weight share a factor.
-    matrices = [x.astype(widened(x)).reshape(size_of(x.shape[:-1]), x.shape[-1]) for x in arrays]
-    squares = [sum_squares(x) for x in matrices]
-    safe = [_are_safe(own) for own in squares]
-
-    def plain():
-        zero = lambda own: jnp.isnan(own).astype(jnp.int32) * 0  # as local as `own`
-        return [(jnp.sqrt(own), zero(own)) for own in squares]
-
-    def guarded():
-        rows = zip(safe, squares, map(_scaled_squares, matrices))
-        return [
-            (jnp.sqrt(jnp.where(ok, own, new)), jnp.where(ok, 0, e)) for ok, own, (new, e) in rows
-        ]
-
-    every = functools.reduce(jnp.logical_and, map(jnp.all, safe), jnp.bool_(True))
+    keys = [(id(same.get(id(x), x)), size_of(x.shape[:-1]), x.shape[-1]) for x in arrays]
+    places = [sorted(set(keys), key=keys.index).index(key) for key in keys]
+    distinct = [arrays[places.index(k)] for k in range(max(places, default=-1) + 1)]
+    matrices = [x.astype(widened(x)).reshape(size_of(x.shape[:-1]), x.shape[-1]) for x in distinct]
     found = []
-    for x, (r, e) in zip(arrays, lax.cond(every, plain, guarded)):
+    for squares, e in _safe_squares(matrices):
+        r = jnp.sqrt(squares)
         own = exponent(r)
-        found.append((scale_by(r, -own).reshape(x.shape[:-1]), (e + own).reshape(x.shape[:-1])))
-    return found
+        found.append((r * _power_of_two(-own, r.dtype), e + own))
+    return [
+        (found[k][0].reshape(x.shape[:-1]), found[k][1].reshape(x.shape[:-1]))
+        for k, x in zip(places, arrays)
+    ]
+
+
+def _safe_squares(matrices: list[Array]) -> list[Parts]:
+    """(s, e) with ||x||_2^2 = s 4^e for the rows of each matrix.
+
+    A row whose sum of squares leaves the range is added up once more, scaled: a large row must not
+    change how another is rounded.
+    """
+    if not matrices:
+        return []
+
+    def squared(state):
+        _, exponents, _ = state
+        after, found, again = [], [], {}
+        for x, e in zip(matrices, exponents):
+            squares = sum_squares(x * _power_of_two(-e, x.dtype)[:, None])
+            low, high, step = _range(x.dtype)
+            more = jnp.where(squares < high, jnp.where(squares > low, 0, -step), step)
+            more = jnp.where((e == 0) & ~jnp.isnan(squares), more, 0)
+            found.append(squares)
+            after.append(e + more)
+            again[e.shape] = again.get(e.shape, False) | (more != 0)
+        return functools.reduce(jnp.logical_or, map(jnp.any, again.values())), after, found
+
+    exponents = [jnp.zeros(x.shape[:1], jnp.int32) for x in matrices]
+    squares = [jnp.zeros(x.shape[:1], x.dtype) for x in matrices]
+    start = local_params((jnp.bool_(True), exponents, squares), matrices)
+    _, exponents, squares = lax.while_loop(lambda state: state[0], squared, start)
+    return list(zip(squares, exponents))
+
+
+def _range(dtype) -> tuple[float, float, int]:
+    """What sums of squares lie strictly between, and by which power of two others are scaled.
+
+    What squares below `tiny` can hide is far below one rounding of a sum this large.
+    """
+    low, high = (float(getattr(jnp.finfo(dtype), name)) for name in ("tiny", "max"))
+    return low * 2.0**40, high * 2.0**-20, {"float32": 90, "float64": 720}[jnp.dtype(dtype).name]
 
 
 def unguarded_norm_parts(x: Float[Array, "*b n"]) -> Parts:
     """`norm_parts` by scaling each row, needed or not; r may exceed one."""
     squares, e = _scaled_squares(x.astype(widened(x)))
     return jnp.sqrt(squares), e
-
-
-def _are_safe(squares: Array) -> Array:
-    """Which sums of squares have not left the range; NaN stays NaN however it is scaled.
-
-    What squares below `tiny` can hide is far below one rounding of a sum this large.
-    """
-    low, high = (float(getattr(jnp.finfo(squares.dtype), name)) for name in ("tiny", "max"))
-    return ((squares > low * 2.0**40) & (squares < high * 2.0**-20)) | jnp.isnan(squares)
-
-
-def _guarded(safe: Array, squares: Array, x: Array) -> Parts:
-    """(r, e) row by row: a large row must not change how another is rounded."""
-    scaled, e = _scaled_squares(x)
-    return jnp.sqrt(jnp.where(safe, squares, scaled)), jnp.where(safe, 0, e)
 
 
 def _scaled_squares(x: Float[Array, "*b n"]) -> Parts:
@@ -150,8 +176,9 @@ def joint_norm(norms: list[Float[Array, " b"]], num_examples: int) -> Float[Arra
     if not norms:
         return jnp.zeros((num_examples,), jnp.float32)
     dtype = widened(*norms)
-    # Few numbers: no branch is worth its compilation.
-    squares, e = _scaled_squares(jnp.stack([n.astype(dtype) for n in norms], axis=-1))
+    norms = [n.astype(dtype) for n in norms]
+    e = exponent(functools.reduce(jnp.maximum, map(jnp.abs, norms)))
+    squares = functools.reduce(jnp.add, (scale_by(n, -e) ** 2 for n in norms))
     return scale_by(jnp.sqrt(squares), e)
 
 

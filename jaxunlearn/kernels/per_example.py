@@ -164,13 +164,12 @@ def _evaluate_rows(row_loss, params, rows, keys, shared, padding, spmd_axis_name
     finite = lax.optimization_barrier(live & jnp.isfinite(loss) & is_usable)
     kept = functools.partial(_stable.rows_where, finite)
     is_finite = finite if padding is None else finite | padding
+    is_clean = jnp.all(finite if padding is None else is_finite & is_usable)
     return PerExampleGradients(
         losses=kept(loss),
         is_finite=is_finite,
         num_non_finite=jnp.sum(~is_finite, dtype=jnp.int32),
-        factors=cleaned(
-            tuple(factor for factor, _ in found), jnp.all(is_finite & is_usable), finite, shared_by
-        ),
+        factors=cleaned(tuple(factor for factor, _ in found), is_clean, finite, shared_by),
         is_padding=padding,
         aux=_aux(aux, kept),
         paths=tuple(path for _, path in found),

@@ -77,7 +77,7 @@ def factored(
     origins = {node: unmoved(node) for node in leaves}
     values = evaluate([*plain, *origins.values()], dict(zip(inputs, args)), effects)
     shared = _as_shared(origins, values)
-    factors = built([_factor_plan(form, path, values) for form, path, _ in plans])
+    factors = built([_factor_plan(form, path, values) for form, path, _ in plans], shared)
     found = []
     for name, node, plan, factor in zip(names, gradients, plans, factors, strict=True):
         _, path, reason = plan

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -24,11 +25,15 @@ from jaxunlearn.kernels.factors._protocol import (
     unpack,
     weighted,
 )
+from jaxunlearn.kernels.rowwise import local_params
 
 _ELEMENTWISE = 12
 """A product of at most this many numbers per group is no job for a matmul."""
 
 _MAX_WIDTH = 8
+
+_WIDE = 64
+"""Channels that fill a matmul of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,25 +157,24 @@ class Conv:
         return tightened(*self._gram_norms(), self._direct_norms)
 
     def _direct_norms(self) -> tuple[Array, Array]:
-        """Norms from the product, a row of taps at a time."""
-        roundoff = unit_roundoff(self.size.dtype)
-        squares = [
-            _stable.sum_squares(part.reshape(part.shape[0], -1)) for part in self._products()
-        ]
-        total = functools.reduce(jnp.add, squares)
+        """Norms from the product, a few taps at a time."""
+        right, roundoff = self._flat_right, unit_roundoff(self.size.dtype)
+
+        def squares(part):
+            product = _product(part, right)
+            return _stable.sum_squares(product.reshape(product.shape[0], -1))
+
+        total = self._over_taps(squares)
         # The parts' own sums are shorter than one of all numbers; so is the one of the parts.
         depth = _stable.relative_bound(self.product_floats, self.size.dtype)
-        depth = 1 + depth + len(squares) * roundoff
+        depth = 1 + depth + size_of(self.geometry.taps) * roundoff
         upper = jnp.sqrt(total) * depth
         return jnp.sqrt(total), upper + 2 * (self.num_tokens + _stable.SLACK) * roundoff * self.size
 
     def _gram_norms(self) -> tuple[Array, Array]:
         """sum_pq (patch_p . patch_q)(right_p . right_q), and an upper bound on the norm."""
         right = self._flat_right
-        lefts = functools.reduce(
-            jnp.add, (contract("bpgm,bqgm->bgpq", x, x) for x in self._slices(1))
-        )
-        rights = contract("bpgn,bqgn->bgpq", right, right)
+        lefts, rights = self._over_taps(_grams), _grams(right)
         partial = lax.optimization_barrier(jnp.sum(lefts * rights, axis=-1))
         square = jnp.maximum(jnp.sum(partial, axis=(1, 2)), 0)
         taps, roundoff = size_of(self.geometry.taps), unit_roundoff(square.dtype)
@@ -187,48 +191,84 @@ class Conv:
         shape = self.right.shape
         return self.right.reshape(shape[0], self.num_tokens, *shape[-2:])
 
-    def _slices(self, width: int) -> Iterator[Array]:
-        """What the taps meet, (B, P, G, width m): `width` taps of the last dimension at a time."""
-        geometry, outputs = self.geometry, self.right.shape[2:-2]
-        padding = geometry.padding(self.left.shape[2:-2], outputs)
+    @property
+    def _padded(self) -> Array:
+        """The left factor with the zeros around and between that the windows meet."""
+        padding = self.geometry.padding(self.left.shape[2:-2], self.right.shape[2:-2])
         config = [(0, 0, 0)] * 2
-        config += [(lo, hi, d - 1) for (lo, hi), d in zip(padding, geometry.dilation)]
-        padded = lax.pad(self.left, jnp.zeros((), self.left.dtype), config + [(0, 0, 0)] * 2)
+        config += [(lo, hi, d - 1) for (lo, hi), d in zip(padding, self.geometry.dilation)]
+        return lax.pad(self.left, jnp.zeros((), self.left.dtype), config + [(0, 0, 0)] * 2)
 
-        def at(x, tap, dims):
-            starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
-            for dim, k in zip(dims, tap):
-                start, stride = k * geometry.tap_stride[dim], geometry.stride[dim]
-                starts[dim + 2], strides[dim + 2] = start, stride
-                limits[dim + 2] = start + (outputs[dim] - 1) * stride + 1
-            return lax.slice(x, starts, limits, strides)
+    def _met(self, start: Sequence[Array | int]) -> Array:
+        """What `_width` taps of the last dimension from one on meet, (B, P, G, width m).
 
-        *outer, last = range(len(outputs))
-        for first in range(0, geometry.taps[-1], width):
-            near = range(first, min(first + width, geometry.taps[-1]))
-            parts = [at(padded, (k,), (last,)) for k in near]
-            columns = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-            for tap in itertools.product(*(range(geometry.taps[dim]) for dim in outer)):
-                part = at(columns, tap, outer)
-                yield part.reshape(part.shape[0], self.num_tokens, *part.shape[-2:])
+        Their matmul is one; the input is repeated as often.
+        """
+        geometry, outputs = self.geometry, self.right.shape[2:-2]
+        ends = ((p - 1) * s + 1 for p, s in zip(outputs, geometry.stride))
+        *outer, last = ends
+        apart = geometry.tap_stride[-1]
+        lengths = (*outer, last + (self._width - 1) * apart)
+        padded = self._padded
+        window = lax.dynamic_slice(
+            padded, (0, 0, *start, 0, 0), (*padded.shape[:2], *lengths, *padded.shape[-2:])
+        )
+        strides = (1, 1, *geometry.stride, 1, 1)
+
+        def at(k):
+            starts, limits = [0] * window.ndim, list(window.shape)
+            starts[-3], limits[-3] = k * apart, k * apart + last
+            return lax.slice(window, starts, limits, strides)
+
+        parts = [at(k) for k in range(self._width)]
+        part = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        return part.reshape(part.shape[0], self.num_tokens, *part.shape[-2:])
+
+    @property
+    def _starts(self) -> np.ndarray:
+        """Where `_met` begins: every tap of the outer dimensions, every `_width`th of the last."""
+        *outer, last = self.geometry.taps
+        taps = itertools.product(range(0, last, self._width), *map(range, outer))
+        starts = np.array([(*tap[1:], tap[0]) for tap in taps], np.int32)
+        return starts * np.array(self.geometry.tap_stride, np.int32)
+
+    def _over_taps(self, function: Callable[[Array], Array]) -> Array:
+        """The sum of `function` over what the taps meet.
+
+        A loop: XLA compiles it once for all taps, and has one of them in memory.
+        """
+        like = jax.eval_shape(lambda start: function(self._met(start)), self._starts[0])
+        zeros = local_params(jnp.zeros(like.shape, like.dtype), (self.left, self.right))
+        add = lambda total, start: (total + function(self._met(start)), None)
+        return lax.scan(add, zeros, self._starts)[0]
 
     @property
     def _width(self) -> int:
-        """How many taps of the last dimension share a matmul: it repeats the input as often."""
+        """How many taps of the last dimension share a matmul that would be narrow."""
         last = self.geometry.taps[-1]
-        return max(width for width in range(1, min(last, _MAX_WIDTH) + 1) if last % width == 0)
+        widths = range(1, min(last, _MAX_WIDTH) + 1) if self.left.shape[-1] < _WIDE else [1]
+        return max(width for width in widths if last % width == 0)
 
-    def _products(self) -> list[Array]:
-        """The product in parts of `_width` taps each, (B, G, width m, n), in `_slices`' order."""
-        right = self._flat_right
-        return [_product(part, right) for part in self._slices(self._width)]
+    def _products(self) -> Array:
+        """The product in parts of `_width` taps each, (B, parts, G, width m, n), as `_starts`."""
+        right, starts = self._flat_right, self._starts
+        multiplied = lambda start: _product(self._met(start), right)
+        like = jax.eval_shape(multiplied, starts[0])
+        shape = (like.shape[0], len(starts), *like.shape[1:])
+        zeros = local_params(jnp.zeros(shape, like.dtype), (self.left, self.right))
 
-    def _unpacked(self, parts: list[Array]) -> Array:
+        def put(products, part):
+            place, start = part
+            return lax.dynamic_update_index_in_dim(products, multiplied(start), place, 1), None
+
+        return lax.scan(put, zeros, (np.arange(len(starts), dtype=np.int32), starts))[0]
+
+    def _unpacked(self, parts: Array) -> Array:
         """(B, *shape) from what `_products` makes of B examples."""
         *outer, last = self.geometry.taps
         (num_groups, m), n, width = self.left.shape[-2:], self.right.shape[-1], self._width
         split = (last // width, *outer, num_groups, width, m, n)
-        product = jnp.stack(parts, axis=1).reshape(-1, *split)
+        product = parts.reshape(-1, *split)
         product = jnp.moveaxis(product, (1, -3), (len(outer) + 1, len(outer) + 2))
         return unpack(product.reshape(-1, *outer, last, num_groups, m, n), self.steps)
 
@@ -274,8 +314,8 @@ class Conv:
         kernel = pack(vector, self.steps).reshape(split).transpose(1, 0, 3, 2, 4, 5)
         kernel = kernel.reshape(-1, num_groups, width * m, n)
         parts = [
-            contract("bpgn,bpgn->b", _times(part, tap), right)
-            for part, tap in zip(self._slices(width), kernel)
+            contract("bpgn,bpgn->b", _times(self._met(start), tap), right)
+            for start, tap in zip(self._starts, kernel, strict=True)
         ]
         return functools.reduce(jnp.add, parts)
 
@@ -288,9 +328,9 @@ class Conv:
             return gram_by_rows(self, other)
         if other.geometry.taps != self.geometry.taps:
             return gram_by_rows(self, other)
-        parts = zip(self._products(), other._products())
-        flat = ((x.reshape(x.shape[0], -1) for x in pair) for pair in parts)
-        return functools.reduce(jnp.add, (contract("bk,ck->bc", *pair) for pair in flat))
+        mine = self._products()
+        others = mine if other is self else other._products()
+        return contract("bk,ck->bc", *(x.reshape(x.shape[0], -1) for x in (mine, others)))
 
     def materialize(self) -> Array:
         return self._unpacked(self._products())
@@ -310,6 +350,13 @@ def _product(left: Array, right: Array) -> Array:
     if left.shape[-2] == 1:
         return contract("bpm,bpn->bmn", left[..., 0, :], right[..., 0, :])[:, None]
     return contract("bpgm,bpgn->bgmn", left, right)
+
+
+def _grams(x: Array) -> Array:
+    """x_p . x_q for every example and group, (B, G, P, P)."""
+    if x.shape[-2] == 1:
+        return contract("bpm,bqm->bpq", x[..., 0, :], x[..., 0, :])[:, None]
+    return contract("bpgm,bqgm->bgpq", x, x)
 
 
 def _times(left: Array, kernel: Array) -> Array:

@@ -39,7 +39,9 @@ class Dense:
     @classmethod
     def plan(cls, value: Array) -> Plan:
         """`of`, as a plan."""
-        [parts] = yield [value.reshape(value.shape[0], size_of(value.shape[1:]))]
+        is_matrix = value.ndim == 2  # then the same array: it may be a factor of a weight
+        flat = value if is_matrix else value.reshape(value.shape[0], size_of(value.shape[1:]))
+        [parts] = yield [flat]
         return cls(value, _stable.scale_by(*parts))
 
     @property
@@ -79,7 +81,7 @@ class Dense:
         if weights is None:
             weights = jnp.ones(self.size.shape, self.size.dtype)
         elif len(shape) <= 1:  # small, and the weighted rows are often a factor of another leaf
-            rows, weights = weighted(weights, rows), jnp.ones_like(weights)
+            return jnp.sum(weighted(weights, rows), axis=0).reshape(shape)
         return contract("b,bk->k", weights, rows).reshape(shape)
 
     def dot(self, vector: Array) -> Array:

@@ -27,24 +27,34 @@ def cleaned(
       matrices: by the id of an array of a factor, the matrix that it is reshaped from: arrays of
         one matrix are masked once. XLA would copy what goes into the loop twice.
     """
-    leaves, treedef = jax.tree.flatten(factors)
+    everything, treedef = jax.tree.flatten(factors)
+    masked = jax.tree.leaves([factor.kept(mask) for factor in factors])
+    # One number for each row costs nothing, and is masked where it is used.
+    large = [k for k, x in enumerate(everything) if x.ndim > 1]
+    leaves = [everything[k] for k in large]
+
+    def whole(leaves):
+        found = list(masked)
+        for k, leaf in zip(large, leaves):
+            found[k] = leaf
+        return jax.tree.unflatten(treedef, found)
+
     bases = [matrices[id(x)] if id(x) in matrices else _matrix(x) for x in leaves]
     unique = list({id(base): base for base in bases}.values())
     places = [next(k for k, base in enumerate(unique) if base is mine) for mine in bases]
 
     def mask_rows(state):
         before = [state[1][k].reshape(leaf.shape) for k, leaf in zip(places, leaves)]
-        kept = [factor.kept(mask) for factor in jax.tree.unflatten(treedef, before)]
+        kept = jax.tree.leaves([factor.kept(mask) for factor in whole(before)])
         after = list(state[1])
-        for k, old, new in zip(places, before, jax.tree.leaves(kept)):
+        for k, old, new in zip(places, before, [kept[place] for place in large]):
             if new is not old:  # an array may be masked in one factor and not in another
                 after[k] = new.reshape(after[k].shape)
         return state[0] | True, after
 
     start = local_params((is_clean, unique), mask)
     unique = lax.while_loop(lambda state: ~state[0], mask_rows, start)[1]
-    after = [unique[k].reshape(leaf.shape) for k, leaf in zip(places, leaves)]
-    return jax.tree.unflatten(treedef, after)
+    return whole([unique[k].reshape(leaf.shape) for k, leaf in zip(places, leaves)])
 
 
 def _matrix(x: Array) -> Array:

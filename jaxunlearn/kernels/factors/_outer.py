@@ -27,7 +27,7 @@ from jaxunlearn.kernels.factors._protocol import (
 )
 from jaxunlearn.kernels.rowwise import local_params
 
-_MASKED_FLOATS = 1 << 14
+_MASKED_FLOATS = 1 << 13
 
 
 @functools.partial(
@@ -182,16 +182,18 @@ def _product_of_live(of_left: bool, live: Array, left: Array, right: Array) -> A
     per_column = size_of(given.shape[:-1]) + num_blocks * other.shape[-1]
     columns = min(max(8, _MASKED_FLOATS // max(1, per_column)), length)
 
-    def add(k, total):
-        start = jnp.minimum(k * columns, length - columns)
+    def add(state):
+        start, total = state  # a start beyond the last possible one is moved back, here and there
         some = lax.dynamic_slice_in_dim(given, start, columns, axis=-1)
         some = _stable.rows_where(live, some)
         product = _product(some, right) if of_left else _product(left, some)
-        return lax.dynamic_update_slice_in_dim(total, product, start, axis=1 if of_left else 2)
+        total = lax.dynamic_update_slice_in_dim(total, product, start, axis=1 if of_left else 2)
+        return start + columns, total
 
     shape = (num_blocks, left.shape[-1], right.shape[-1])
-    zeros = local_params(jnp.zeros(shape, widened(left, right)), (left, right, live))
-    return lax.fori_loop(0, -(-length // max(1, columns)), add, zeros)
+    start = jnp.int32(0), jnp.zeros(shape, widened(left, right))
+    start = local_params(start, (left, right, live))
+    return lax.while_loop(lambda state: state[0] < length, add, start)[1]
 
 
 def _gram_by_chunks(mine: Outer, others: Outer) -> Float[Array, "b c"]:

@@ -1,6 +1,7 @@
 """What every factor has, and the moves from a product to the shape of its parameter."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -31,10 +32,13 @@ Plan = Generator[list[Array], list[Parts], Any]
 """How a factor is made: it asks once for the norms of some arrays, over their last axes."""
 
 
-def built(plans: Sequence[Plan]) -> list[Any]:
-    """The factors that the plans make, with one guard against overflow for all their norms."""
+def built(plans: Sequence[Plan], same: Mapping[int, Any] = MappingProxyType({})) -> list[Any]:
+    """The factors that the plans make, with one guard against overflow for all their norms.
+
+    same: by the id of an array, what it is reshaped from.
+    """
     asked = [next(plan) for plan in plans]
-    answers = iter(all_norm_parts([x for arrays in asked for x in arrays]))
+    answers = iter(all_norm_parts([x for arrays in asked for x in arrays], same))
     return [answered(plan, [next(answers) for _ in own]) for plan, own in zip(plans, asked)]
 
 
