@@ -127,7 +127,8 @@ def _safe_squares(matrices: list[Array]) -> list[Parts]:
 
     def squared(state):
         _, exponents, _ = state
-        after, found, again = [], [], {}
+        after, found = [], []
+        again: dict[tuple[int, ...], Any] = {}  # by shape: a reduction each
         for x, e in zip(matrices, exponents):
             squares = sum_squares(x * _power_of_two(-e, x.dtype)[:, None])
             low, high, step = _range(x.dtype)

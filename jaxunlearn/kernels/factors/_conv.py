@@ -35,6 +35,10 @@ _MAX_WIDTH = 8
 _WIDE = 64
 """Channels that fill a matmul of their own."""
 
+_SMALL = 1 << 19
+"""What meets the taps goes through a loop from this many numbers on: for memory, at no cost in time
+there; a batch of 16 took 1.1 times as long in the loop."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -261,7 +265,9 @@ class Conv:
             place, start = part
             return lax.dynamic_update_index_in_dim(products, multiplied(start), place, 1), None
 
-        return lax.scan(put, zeros, (np.arange(len(starts), dtype=np.int32), starts))[0]
+        met = jax.eval_shape(self._met, starts[0])
+        places = np.arange(len(starts), dtype=np.int32)
+        return lax.scan(put, zeros, (places, starts), unroll=met.size < _SMALL)[0]
 
     def _unpacked(self, parts: Array) -> Array:
         """(B, *shape) from what `_products` makes of B examples."""
