@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool
 
 from jaxunlearn.kernels import _cpu
 from jaxunlearn.kernels._checks import check_number
-from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
+from jaxunlearn.kernels._meshes import in_automatic_axes, local_params, specs_of
 from jaxunlearn.kernels._operands import as_params, check_left_out, check_like, left_out
 from jaxunlearn.kernels._programs import compiled_once
 from jaxunlearn.kernels._stable import widen
@@ -26,7 +26,6 @@ from jaxunlearn.kernels.rowwise import (
     check_rows,
     fill_rows,
     finite_rows,
-    local_params,
     num_rows_of,
 )
 from jaxunlearn.tree import is_inexact, num_parameters

@@ -77,3 +77,18 @@ def _explicit_mesh(operands: PyTree):
         if not mesh.empty and AxisType.Explicit in mesh.axis_types:
             return mesh
     return None
+
+
+def local_params(params: PyTree, rows: PyTree) -> PyTree:
+    """`params` varying over the mesh axes that `rows` vary over.
+
+    Inside `shard_map` JAX would sum the gradient of replicated parameters over the devices unasked.
+    """
+    axes_of = lambda leaf: jax.typeof(leaf).manual_axis_type.varying
+    axes = frozenset().union(*map(axes_of, jax.tree.leaves(rows)))
+
+    def cast(leaf):
+        missing = tuple(sorted(axes - axes_of(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, params)

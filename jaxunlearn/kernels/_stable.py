@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxunlearn.kernels.rowwise import local_params
+from jaxunlearn.kernels._meshes import local_params
 
 SLACK = 16
 """Roundings granted to square roots, products and scalings, whose number never depends on sizes."""

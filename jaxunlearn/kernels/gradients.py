@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from jaxunlearn.kernels._meshes import in_automatic_axes, specs_of
+from jaxunlearn.kernels._meshes import in_automatic_axes, local_params, specs_of
 from jaxunlearn.kernels._stable import widen
 from jaxunlearn.kernels.rowwise import (
     as_weights,
@@ -15,7 +15,6 @@ from jaxunlearn.kernels.rowwise import (
     check_rows,
     fill_rows,
     finite_rows,
-    local_params,
     row_losses,
 )
 from jaxunlearn.types import Batch, LossFn, Params

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxunlearn.kernels import units
-from jaxunlearn.kernels._meshes import placed_as_rows
+from jaxunlearn.kernels._meshes import local_params, placed_as_rows
 from jaxunlearn.kernels._primitives import convolves
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
 from jaxunlearn.kernels.per_example import (
@@ -21,7 +21,7 @@ from jaxunlearn.kernels.per_example import (
     hashable,
     padding_of,
 )
-from jaxunlearn.kernels.rowwise import check_operands, local_params, num_rows_of
+from jaxunlearn.kernels.rowwise import check_operands, num_rows_of
 from jaxunlearn.types import Batch, LossFn, Params
 
 Consume = Callable[[PerExampleGradients], tuple[PyTree, PyTree]]

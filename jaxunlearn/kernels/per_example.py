@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from jaxunlearn import errors
 from jaxunlearn.kernels import _stable
-from jaxunlearn.kernels._meshes import placed_as_rows, specs_of
+from jaxunlearn.kernels._meshes import local_params, placed_as_rows, specs_of
 from jaxunlearn.kernels._rules import LeafPath, factored
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
 from jaxunlearn.kernels.factors import Dense, cleaned
-from jaxunlearn.kernels.rowwise import check_operands, local_params, num_rows_of
+from jaxunlearn.kernels.rowwise import check_operands, num_rows_of
 from jaxunlearn.types import Batch, LossFn, Params
 
 

@@ -4,7 +4,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxunlearn import errors
 from jaxunlearn.kernels._stable import widen
@@ -171,21 +171,6 @@ def check_rows(batch: Batch, weights, keys) -> None:
             f"Expected typed keys of shape ({rows},), got {jnp.shape(keys)}. "
             "Make them with kernels.example_keys(step_key, ids)."
         )
-
-
-def local_params(params: PyTree, rows: PyTree) -> PyTree:
-    """`params` varying over the mesh axes that `rows` vary over.
-
-    Inside `shard_map` JAX would sum the gradient of replicated parameters over the devices unasked.
-    """
-    axes_of = lambda leaf: jax.typeof(leaf).manual_axis_type.varying
-    axes = frozenset().union(*map(axes_of, jax.tree.leaves(rows)))
-
-    def cast(leaf):
-        missing = tuple(sorted(axes - axes_of(leaf)))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast, params)
 
 
 def as_weights(weights) -> Float[Array, "b"]:

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels._meshes import local_params
 from jaxunlearn.kernels._stable import Limits, contract, size_of, unit_roundoff, widened
 from jaxunlearn.kernels.factors._protocol import (
     Factor,
@@ -25,7 +26,6 @@ from jaxunlearn.kernels.factors._protocol import (
     unpack,
     weighted,
 )
-from jaxunlearn.kernels.rowwise import local_params
 
 _ELEMENTWISE = 12
 """A product of at most this many numbers per group is no job for a matmul."""

@@ -7,9 +7,9 @@ import jax
 from jax import lax
 from jaxtyping import Array, Bool
 
+from jaxunlearn.kernels._meshes import local_params
 from jaxunlearn.kernels._stable import size_of
 from jaxunlearn.kernels.factors._protocol import Factor
-from jaxunlearn.kernels.rowwise import local_params
 
 
 def cleaned(

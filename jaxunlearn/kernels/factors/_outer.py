@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxunlearn.kernels import _stable
+from jaxunlearn.kernels._meshes import local_params
 from jaxunlearn.kernels._stable import Limits, Parts, contract, size_of, unit_roundoff, widened
 from jaxunlearn.kernels.factors._protocol import (
     CHUNK_FLOATS,
@@ -25,7 +26,6 @@ from jaxunlearn.kernels.factors._protocol import (
     unpack,
     weighted,
 )
-from jaxunlearn.kernels.rowwise import local_params
 
 _MASKED_FLOATS = 1 << 13
 
