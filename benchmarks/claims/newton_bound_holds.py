@@ -18,7 +18,7 @@ import optax
 
 from jaxunlearn import Budget, accounting, datasets, kernels, unlearners
 from jaxunlearn.progress import progress
-from jaxunlearn.unlearners.newton._iterates import unpack_float64
+from jaxunlearn.records import unpack_float64
 
 L2, NOISE_STDDEV = 1e-3, 10.0
 LOGISTIC_CURVATURE = 1 / (6 * math.sqrt(3))

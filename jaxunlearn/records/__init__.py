@@ -23,6 +23,13 @@ from jaxunlearn.records.exact_sums import (
     unpack_int64,
 )
 from jaxunlearn.records.ids import bucket, show_ids, validate_ids
+from jaxunlearn.records.iterates import (
+    check_solution,
+    last_iterate,
+    pack_float64,
+    unpack_float64,
+    widen,
+)
 from jaxunlearn.records.learners import (
     Fitted,
     check_learner_request,
@@ -70,13 +77,14 @@ from jaxunlearn.records.replay import (
     without,
     wrapped_update,
 )
-from jaxunlearn.records.rows import RowReader
+from jaxunlearn.records.rows import AllRows, RowReader, all_rows
 from jaxunlearn.records.rules import as_driven, as_fresh, register_state
 from jaxunlearn.records.states import check_params, check_state, check_update
 from jaxunlearn.records.window import Window, finished, passed, run_window, window_of
 
 __all__ = [
     "MAX_UNITS",
+    "AllRows",
     "Checkpoints",
     "DeletionPlan",
     "Fitted",
@@ -92,6 +100,7 @@ __all__ = [
     "Window",
     "add_exactly",
     "after_deletion",
+    "all_rows",
     "as_driven",
     "as_fresh",
     "as_given",
@@ -105,6 +114,7 @@ __all__ = [
     "check_num_examples",
     "check_params",
     "check_participation",
+    "check_solution",
     "check_state",
     "check_status",
     "check_storage",
@@ -123,6 +133,7 @@ __all__ = [
     "init_log",
     "init_participation",
     "key_words",
+    "last_iterate",
     "last_slot_before",
     "log_of",
     "loop_over_steps",
@@ -133,6 +144,7 @@ __all__ = [
     "num_slots",
     "observe",
     "oracle",
+    "pack_float64",
     "pack_int64",
     "passed",
     "plan_deletion",
@@ -152,8 +164,10 @@ __all__ = [
     "show_ids",
     "slice_log",
     "take_checkpoint",
+    "unpack_float64",
     "unpack_int64",
     "validate_ids",
+    "widen",
     "window_of",
     "without",
     "wrapped_update",

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from jaxunlearn import Budget, Unlearner, kernels, records, transforms, tree, unlearners
-from jaxunlearn.unlearners.newton._iterates import unpack_float64
+from jaxunlearn.records import unpack_float64
 
 NUM_EXAMPLES, NUM_SEEN, BATCH, STEPS = 40, 13, 4, 9
 """40 ids are declared, rows 0..13 have data, ids 0..12 are trained on."""

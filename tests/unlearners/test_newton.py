@@ -11,8 +11,8 @@ import pytest
 import scipy.stats
 
 from jaxunlearn import Budget, Status, accounting, certificates, errors, kernels, tree
+from jaxunlearn.records import unpack_float64
 from jaxunlearn.unlearners import newton
-from jaxunlearn.unlearners.newton._iterates import unpack_float64
 from tests.conformance import cases
 from tests.unlearners import _convex as convex
 

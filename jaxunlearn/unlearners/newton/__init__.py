@@ -22,6 +22,7 @@ from jaxtyping import Array, Int, UInt8, UInt32
 
 from jaxunlearn import accounting, certificates, errors, kernels, records, tree
 from jaxunlearn.progress import progress as show_progress
+from jaxunlearn.records import all_rows, check_solution, last_iterate, pack_float64, widen
 from jaxunlearn.types import (
     Budget,
     ForgetInfo,
@@ -34,9 +35,7 @@ from jaxunlearn.types import (
     Unlearner,
     UnlearnerState,
 )
-from jaxunlearn.unlearners.newton._iterates import check_solution, last_iterate, pack_float64, widen
 from jaxunlearn.unlearners.newton._promises import measurements, promise
-from jaxunlearn.unlearners.newton._rows import all_rows
 
 __all__ = ["NewtonRecord", "newton"]
 
