@@ -85,6 +85,10 @@ class SolverError(JaxUnlearnError, ArithmeticError):
     """A linear solve met a matrix it must not meet (negative curvature); nothing was released."""
 
 
+class AssumptionError(JaxUnlearnError, ValueError):
+    """A constant that a guarantee was to rest on is refuted by the rows."""
+
+
 class BudgetExhaustedError(JaxUnlearnError, RuntimeError):
     """The deletion does not fit the budget that is left: retrain instead."""
 

@@ -47,6 +47,12 @@ from jaxunlearn.accounting.contraction import (
     steps_to_stationary_target,
     steps_to_unlearn,
 )
+from jaxunlearn.accounting.convex import (
+    LossConstants,
+    balanced_l2,
+    classic_noise,
+    stored_noise,
+)
 from jaxunlearn.accounting.descent_to_delete import (
     Descent,
     Schedule,
@@ -199,6 +205,7 @@ __all__ = [
     "Entropy",
     "InstanceLoss",
     "LinearModel",
+    "LossConstants",
     "NoisySGD",
     "NoisySteps",
     "Odometer",
@@ -219,6 +226,7 @@ __all__ = [
     "add_grid_noise",
     "amount_below",
     "amount_of",
+    "balanced_l2",
     "basic_composition",
     "best_num_steps",
     "capacity_ceiling",
@@ -228,6 +236,7 @@ __all__ = [
     "charge_release",
     "check_capacity",
     "check_request",
+    "classic_noise",
     "clipped_finetuning_mu",
     "clipped_finetuning_noise",
     "compose_gaussian",
@@ -300,6 +309,7 @@ __all__ = [
     "step_losses",
     "steps_to_stationary_target",
     "steps_to_unlearn",
+    "stored_noise",
     "strongly_convex_capacity",
     "subsampled_curve",
     "subsampled_group_divergence",

@@ -12,6 +12,7 @@ from jaxunlearn.certificates.certificate import (
 from jaxunlearn.certificates.commitment import commit_ids, seal
 from jaxunlearn.certificates.environment import environment
 from jaxunlearn.certificates.issue import concluded, issue
+from jaxunlearn.certificates.promises import noise_on_grid, stored_sums
 from jaxunlearn.certificates.verify import Check, Verification, verify
 from jaxunlearn.certificates.wording import RECORDED, assumed, divided, excluded, measured
 
@@ -34,6 +35,8 @@ __all__ = [
     "excluded",
     "issue",
     "measured",
+    "noise_on_grid",
     "seal",
+    "stored_sums",
     "verify",
 ]

@@ -57,6 +57,7 @@ from jaxunlearn.kernels.solves import (
     spectral_radius,
     woodbury,
 )
+from jaxunlearn.kernels.sums import LossSums, loss_sums
 from jaxunlearn.kernels.tangents import StateTangents, Tangents, TrackLeaves, state_tangents
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "GradientInfo",
     "Likelihood",
     "LinearOperator",
+    "LossSums",
     "NystromApproximation",
     "PerExampleGradients",
     "RemovalFigures",
@@ -107,6 +109,7 @@ __all__ = [
     "jacobi",
     "lbfgs",
     "lissa",
+    "loss_sums",
     "microbatched",
     "minres",
     "narrowings",

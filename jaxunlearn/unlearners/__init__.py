@@ -32,6 +32,7 @@ from jaxunlearn.unlearners.statistical_queries import (
     statistical_queries,
     summation,
 )
+from jaxunlearn.unlearners.stored_newton import StoredNewtonRecord, stored_newton
 
 __all__ = [
     "DeltaGradRecord",
@@ -48,6 +49,7 @@ __all__ = [
     "ReplayRecord",
     "SisaRecord",
     "StatisticalQueryRecord",
+    "StoredNewtonRecord",
     "Stream",
     "StreamOutput",
     "StreamState",
@@ -66,6 +68,7 @@ __all__ = [
     "ridge",
     "sisa",
     "statistical_queries",
+    "stored_newton",
     "summation",
     "trajectory_bytes",
 ]

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxunlearn import Budget, Unlearner, kernels, records, transforms, tree, unlearners
+from jaxunlearn import Budget, Unlearner, accounting, kernels, records, transforms, tree, unlearners
 from jaxunlearn.records import unpack_float64
 
 NUM_EXAMPLES, NUM_SEEN, BATCH, STEPS = 40, 13, 4, 9
@@ -105,6 +105,14 @@ def rows_at_once(run: "Trained", forget) -> tuple:
     return run.params, run.state, rows, ids, weights
 
 
+def bucket_and_sums(run: "Trained", forget) -> tuple:
+    """The trained state with the sums over all rows in it, and the bucket of rows to forget."""
+    state = run.problem.unlearner.store(run.params, run.state, data=run.problem.data)
+    _, _, rows, ids, weights = units_to_add(run, forget)
+    rows = jax.tree.map(np.copy, rows)
+    return run.params, state, rows, ids, weights
+
+
 def along_the_path(params, state):
     """The state as if the run had stood at `params` all along."""
     path = jax.tree.map(
@@ -135,6 +143,15 @@ def with_spoilt_tangents(params, state):
     return state._replace(record=record)
 
 
+def with_spoilt_sums(params, state):
+    """The state as if a row of the run had exploded: sums that are not finite."""
+    sums = state.record.statistics
+    spoilt = jnp.full_like(sums.gradient_words, np.uint32(0x7FF00000))
+    return state._replace(
+        record=state.record._replace(statistics=sums._replace(gradient_words=spoilt))
+    )
+
+
 def iterate_of(forgotten):
     """The un-noised float64 iterate in the record."""
     words = forgotten.opt_state.record.iterate_words
@@ -163,6 +180,10 @@ NEWTON = {
     "noise_stddev": 10.0,
     "budget": Budget(epsilon=50.0, delta=1e-5, max_forget=8),
 }
+STORED = NEWTON | {
+    "noise_stddev": 1e3,
+    "constants": accounting.LossConstants(lipschitz=50.0, hessian_lipschitz=0.0, smoothness=50.0),
+}
 REBUILD = {"rebuild": records.Rebuild(key=jax.random.key(11), batch_size=BATCH, num_batches=3)}
 _replay = functools.partial(
     Case, factory=unlearners.replay, operands=run_as_segment, exact=True, has_max_steps=True
@@ -170,6 +191,9 @@ _replay = functools.partial(
 _memory_pair = functools.partial(
     Case, factory=memory_pair, has_max_steps=True, crossed=False,
     own_tx=lambda loss_fn: transforms.online_lbfgs(loss_fn, owners_per_pair=BATCH),
+)  # fmt: skip
+_stored = functools.partial(
+    Case, operands=bucket_and_sums, noisy=True, before_noise=iterate_of, spread=with_spoilt_sums,
 )  # fmt: skip
 _fixed_path = functools.partial(
     Case, factory=unlearners.fixed_path, operands=run_as_segment, has_max_steps=True,
@@ -229,6 +253,7 @@ CASES = [
         crossed=False,
     ),
     Case("newton", unlearners.newton, NEWTON, rows_at_once, noisy=True, before_noise=iterate_of),
+    _stored("stored_newton", unlearners.stored_newton, STORED),
     _fixed_path("fixed_path", options=REPLAY),
     _fixed_path("fixed_path-kept", options=REPLAY | KEPT, crossed=False),
     Case(

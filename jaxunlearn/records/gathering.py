@@ -1,0 +1,111 @@
+"""Taking the sums that a deletion without the other rows works from, in float64 on the host."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float64
+
+from jaxunlearn import errors, kernels, tree
+from jaxunlearn.records.ids import bucket
+from jaxunlearn.records.iterates import widen
+from jaxunlearn.records.participation import Participation
+from jaxunlearn.records.rows import RowReader, all_rows
+from jaxunlearn.records.statistics import (
+    Statistics,
+    Sums,
+    check_convex,
+    digest_leaf,
+    is_of,
+    pack_sums,
+    sums_of,
+)
+from jaxunlearn.types import LossFn, Params
+
+
+class Gatherer(NamedTuple):
+    """What `make_gatherer` returns.
+
+    stored: (params, participation, statistics, release_digest, reader) -> `Statistics`, those at
+      hand where they are of these parameters or of the last release, else taken from all rows.
+    removed: (sums, params, ids, reader) -> `kernels.LossSums` of the rows to forget, at the origin.
+    """
+
+    stored: Callable[..., Statistics]
+    removed: Callable[..., kernels.LossSums]
+
+
+def make_gatherer(
+    loss_fn: LossFn,
+    *,
+    num_examples: int,
+    l2: float,
+    check: Callable[[kernels.LossSums], None],
+    refine: Callable[[Sums], Float64[np.ndarray, "p"]],
+    left: Callable[[Sums], float],
+    polish_steps: int = 1,
+    features: Callable[..., Any] | None = None,
+    microbatch_size: int | None = None,
+) -> Gatherer:
+    """Sums of a loss, compiled once for all requests.
+
+    Args:
+      check: refuses rows that refute what was declared of them.
+      refine: sums -> a better minimiser, with which the sums are taken once more, while it is one.
+      left: sums -> the norm of the gradient of the whole objective at their origin.
+      polish_steps: how often at most.
+    """
+    measure = jax.jit(
+        kernels.loss_sums(loss_fn, features=features, microbatch_size=microbatch_size)
+    )
+    loss_checked: list[bool] = []
+
+    def at(origin, rows, weights):
+        with jax.enable_x64(True):
+            return jax.device_get(measure(*widen((origin, rows, weights))))
+
+    def gather(params, participation, reader: RowReader) -> Sums:
+        batch = all_rows(reader, participation, np.zeros(0, np.int32), num_examples)
+        if not loss_checked:
+            few = jax.tree.map(lambda leaf: leaf[batch.weights > 0][:8], batch.rows)
+            kernels.check_loss(loss_fn, params, few)
+            with jax.enable_x64(True):
+                kernels.check_float64(loss_fn, *widen((params, few)))
+            loss_checked.append(True)
+
+        def taken(origin):
+            figures = at(tree.split(origin, params), batch.rows, batch.weights)
+            sums = sums_of(origin, figures, l2=l2)
+            return figures, sums._replace(start=left(sums))
+
+        figures, sums = taken(tree.flatten(params))
+        for _ in range(polish_steps):
+            check_convex(sums.hessian, num_rows=sums.num_rows)
+            better, others = taken(refine(sums))
+            if not others.start < sums.start:
+                break
+            figures, sums = better, others
+        check_convex(sums.hessian, num_rows=sums.num_rows)
+        check(figures)
+        return sums
+
+    def stored(params, participation: Participation, statistics, release_digest, reader):
+        is_release = tree.digest_bytes(params) == np.asarray(release_digest).tobytes()
+        if int(statistics.num_stored) and (is_release or is_of(statistics, params)):
+            return statistics
+        return pack_sums(gather(params, participation, reader), digest_leaf(params))
+
+    def removed(sums: Sums, params: Params, ids: np.ndarray, reader: RowReader):
+        if len(ids) >= sums.num_rows:
+            raise errors.RetainSetEmptyError(
+                "Expected at least one row to be retained: there is nothing left to fit. Start "
+                "afresh."
+            )
+        padded = bucket(ids)
+        weights = (padded >= 0).astype(np.float64)
+        figures = at(tree.split(sums.origin, params), reader(padded), weights)
+        check(figures)
+        return figures
+
+    return Gatherer(stored, removed)
