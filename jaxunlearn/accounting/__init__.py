@@ -137,6 +137,7 @@ from jaxunlearn.accounting.per_instance import (
     per_instance_loss,
     step_losses,
 )
+from jaxunlearn.accounting.perturbed import objective_noise, perturbed_residual
 from jaxunlearn.accounting.release import (
     certified_mu,
     certified_noise,
@@ -280,10 +281,12 @@ __all__ = [
     "newton_capacity_order",
     "newton_distance",
     "noisy_sgd_epochs",
+    "objective_noise",
     "odometer_of",
     "optimal_composition",
     "output_only_noise",
     "per_instance_loss",
+    "perturbed_residual",
     "published_noise",
     "recollection_distance",
     "release_epsilon",

@@ -37,6 +37,7 @@ from jaxunlearn.kernels.operators import (
     hessian_operator,
 )
 from jaxunlearn.kernels.per_example import per_example
+from jaxunlearn.kernels.perturbed import PerturbedFigures, perturbed_step
 from jaxunlearn.kernels.precision import check_float64, narrowings
 from jaxunlearn.kernels.products import ggn_vp, ggn_vp_many, hvp, hvp_many
 from jaxunlearn.kernels.retained import CachedStep, Foretold, WeightedRows, retained_gradients
@@ -72,6 +73,7 @@ __all__ = [
     "LossSums",
     "NystromApproximation",
     "PerExampleGradients",
+    "PerturbedFigures",
     "RemovalFigures",
     "Solution",
     "Solver",
@@ -117,6 +119,7 @@ __all__ = [
     "newton_step",
     "nystrom",
     "per_example",
+    "perturbed_step",
     "poisson",
     "refined",
     "removal_figures",

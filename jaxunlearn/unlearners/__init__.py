@@ -1,5 +1,6 @@
 """One file or package per published method, each an `Unlearner` or an `ExactLearner`."""
 
+from jaxunlearn.unlearners.certified_removal import CertifiedRemovalRecord, certified_removal
 from jaxunlearn.unlearners.deltagrad import DeltaGradRecord, deltagrad, trajectory_bytes
 from jaxunlearn.unlearners.fixed_path import FixedPathRecord, fixed_path
 from jaxunlearn.unlearners.kmeans import (
@@ -35,6 +36,7 @@ from jaxunlearn.unlearners.statistical_queries import (
 from jaxunlearn.unlearners.stored_newton import StoredNewtonRecord, stored_newton
 
 __all__ = [
+    "CertifiedRemovalRecord",
     "DeltaGradRecord",
     "DividedKMeansRecord",
     "Event",
@@ -55,6 +57,7 @@ __all__ = [
     "StreamState",
     "StreamUnlearner",
     "Summation",
+    "certified_removal",
     "deltagrad",
     "divided_kmeans",
     "fixed_path",

@@ -164,6 +164,18 @@ def memory_pair(tx, loss_fn, **options) -> Unlearner:
     return unlearners.memory_pair(loss_fn, **options)
 
 
+def certified_removal(tx, loss_fn, *, entropy=None, **options) -> Unlearner:
+    """`unlearners.certified_removal` with the same noise in the objective of every `init`."""
+    entropy = entropy or Entropy()
+    unlearner = unlearners.certified_removal(tx, loss_fn, entropy=entropy, **options)
+
+    def init(params):
+        entropy.rewind()
+        return unlearner.init(params)
+
+    return unlearner._replace(init=init)
+
+
 REPLAY = {"batch_size": BATCH, "max_steps": STEPS + 3, "num_checkpoints": 3}
 KEPT = {"normalizer": "kept"}
 DELTAGRAD = REPLAY | {"period": 2, "burn_in": 2, "settle": 0}
@@ -253,6 +265,13 @@ CASES = [
         crossed=False,
     ),
     Case("newton", unlearners.newton, NEWTON, rows_at_once, noisy=True, before_noise=iterate_of),
+    Case(
+        "certified_removal",
+        certified_removal,
+        NEWTON | {"num_rows": NUM_SEEN},
+        rows_at_once,
+        noisy=True,
+    ),
     _stored("stored_newton", unlearners.stored_newton, STORED),
     _fixed_path("fixed_path", options=REPLAY),
     _fixed_path("fixed_path-kept", options=REPLAY | KEPT, crossed=False),
