@@ -61,6 +61,7 @@ from jaxunlearn.records.participation import (
     observe,
     seen_ids,
 )
+from jaxunlearn.records.proximal import least_subgradient, proximal_step, traced_proximal
 from jaxunlearn.records.rebuild import Rebuild, make_rebuild, rebuild
 from jaxunlearn.records.recorder import Recorder, refusals_as_quotes
 from jaxunlearn.records.remaking import Remaker, landed, make_remaker
@@ -167,6 +168,7 @@ __all__ = [
     "landed",
     "last_iterate",
     "last_slot_before",
+    "least_subgradient",
     "log_of",
     "loop_over_steps",
     "make_gatherer",
@@ -183,6 +185,7 @@ __all__ = [
     "pack_sums",
     "passed",
     "plan_deletion",
+    "proximal_step",
     "quantise",
     "read_blocks",
     "read_slot",
@@ -201,6 +204,7 @@ __all__ = [
     "solve_damped",
     "sums_of",
     "take_checkpoint",
+    "traced_proximal",
     "traced_sums",
     "unpack_float64",
     "unpack_int64",

@@ -3,6 +3,7 @@
 from jaxunlearn.unlearners.certified_removal import CertifiedRemovalRecord, certified_removal
 from jaxunlearn.unlearners.deltagrad import DeltaGradRecord, deltagrad, trajectory_bytes
 from jaxunlearn.unlearners.fixed_path import FixedPathRecord, fixed_path
+from jaxunlearn.unlearners.infinitesimal_jackknife import JackknifeRecord, infinitesimal_jackknife
 from jaxunlearn.unlearners.kmeans import (
     DividedKMeansRecord,
     QuantisedKMeansRecord,
@@ -42,6 +43,7 @@ __all__ = [
     "Event",
     "EventKind",
     "FixedPathRecord",
+    "JackknifeRecord",
     "MemoryPairRecord",
     "NewtonRecord",
     "Outcome",
@@ -62,6 +64,7 @@ __all__ = [
     "divided_kmeans",
     "fixed_path",
     "gaussian_naive_bayes",
+    "infinitesimal_jackknife",
     "memory_pair",
     "multinomial_naive_bayes",
     "newton",

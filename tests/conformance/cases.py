@@ -273,6 +273,13 @@ CASES = [
         noisy=True,
     ),
     _stored("stored_newton", unlearners.stored_newton, STORED),
+    _stored("infinitesimal_jackknife", unlearners.infinitesimal_jackknife, STORED),
+    _stored(
+        "infinitesimal_jackknife-l1",
+        unlearners.infinitesimal_jackknife,
+        STORED | {"l1": 0.05, "polish_steps": 5},
+        crossed=False,
+    ),
     _fixed_path("fixed_path", options=REPLAY),
     _fixed_path("fixed_path-kept", options=REPLAY | KEPT, crossed=False),
     Case(
