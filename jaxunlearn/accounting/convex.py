@@ -133,7 +133,6 @@ class LossConstants(NamedTuple):
         num_retained: int,
         gradient: float,
         solver: float = 0.0,
-        num_gone: int | None = None,
         paper_step: bool = False,
         l2: float = 0.0,
     ) -> float:
@@ -143,15 +142,13 @@ class LossConstants(NamedTuple):
 
         Args:
           curvature, gradient, solver: as for `newton_distance`.
-          num_gone: m of the middle term, rows that H_S holds and R does not; None: num_forgotten.
           paper_step: the step is (n - m) / n of that; beta is then that of the loss with its L2
             term, beta + l2.
         """
         count = num_forgotten + num_retained
-        gone = num_forgotten if num_gone is None else num_gone
         beta = self.smoothness + (l2 if paper_step else 0.0)
         remainder = self.hessian_lipschitz * gradient**2 / (2 * curvature**2)
-        other = beta * gone / count * gradient / curvature if gone else 0.0
+        other = beta * num_forgotten / count * gradient / curvature if num_forgotten else 0.0
         return (remainder + other + solver) / curvature * _ROUNDING
 
 

@@ -79,8 +79,9 @@ def perturbed_step(
     >>> from jaxunlearn.kernels.solves import cholesky
     >>> step = perturbed_step(lambda w, x: jnp.mean(0.5 * (x - w) ** 2), l2=1.0, solver=cholesky())
     >>> x, ids = jnp.array([1.0, 3.0, 8.0]), jnp.arange(3)
-    >>> step(jnp.array(2.0), jnp.array(8.0), x, ids, jnp.array([1.0, 1.0, 0.0]))[0]
-    Array(-1., dtype=float32)
+    >>> moved, _, _ = step(jnp.array(2.0), jnp.array(8.0), x, ids, jnp.array([1.0, 1.0, 0.0]))
+    >>> round(float(moved), 5)
+    -1.0
     """
     gradient = weighted_grad(loss_fn)
     product = hvp(loss_fn, microbatch_size=microbatch_size)

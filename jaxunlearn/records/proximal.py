@@ -43,8 +43,9 @@ def proximal_step(
 
     References: Beck and Teboulle 2009, with the momentum of strongly convex problems.
 
-    >>> proximal_step(np.eye(2), np.array([-3.0, 0.5]), np.zeros(2), l1=1.0)[0]
-    array([2., 0.])
+    >>> w, residual = proximal_step(np.eye(2), np.array([-3.0, 0.5]), np.zeros(2), l1=1.0)
+    >>> w.tolist(), residual < 1e-10
+    ([2.0, 0.0], True)
     """
     eigenvalues = np.linalg.eigvalsh(matrix)
     if not eigenvalues[0] > 0:
@@ -75,7 +76,7 @@ def proximal_step(
                 best, left, slack = candidate, residual, rounded
         if left <= slack:
             break
-    return best, left + slack
+    return best + 0.0, float(left + slack)
 
 
 def _on_support(matrix, gradient, origin, w, l1) -> Vector:
