@@ -87,7 +87,11 @@ class LossConstants(NamedTuple):
             )
 
     def gradient_bound(self, *, num_forgotten: int, num_retained: int, start: float = 0.0) -> float:
-        """q >= ||grad F_R(w)|| for any m rows: s + 2 L m / n."""
+        """q >= ||grad F_R(w)|| for any m rows: s + 2 L m / n.
+
+        >>> LossConstants(1.0, 1.0).gradient_bound(num_forgotten=1, num_retained=9)
+        0.2000000000...
+        """
         count = num_forgotten + num_retained
         return (start + 2.0 * self.lipschitz * num_forgotten / count) * _ROUNDING
 
@@ -110,6 +114,10 @@ class LossConstants(NamedTuple):
           solver: r, ||H_R v + grad F_R(w)||.
           paper_constants: never below 2 M m^2 (2 L)^2 / (lambda^3 n^2), of Sekhari et al. 2021
             with their L, of the loss with its L2 term, at its largest.
+
+        >>> sizes = {"num_forgotten": 1, "num_retained": 9}
+        >>> LossConstants(1.0, 2.0).newton_distance(1.0, **sizes, gradient=0.5)
+        0.2500000000...
         """
         remainder = self.hessian_lipschitz * gradient**2 / (2 * curvature**2)
         bound = (remainder + solver) / curvature * _ROUNDING
@@ -144,6 +152,11 @@ class LossConstants(NamedTuple):
           curvature, gradient, solver: as for `newton_distance`.
           paper_step: the step is (n - m) / n of that; beta is then that of the loss with its L2
             term, beta + l2.
+
+        >>> sizes = {"num_forgotten": 1, "num_retained": 9}
+        >>> constants = LossConstants(1.0, 0.0, smoothness=4.0)
+        >>> constants.jackknife_distance(1.0, **sizes, gradient=0.5)
+        0.2000000000...
         """
         count = num_forgotten + num_retained
         beta = self.smoothness + (l2 if paper_step else 0.0)

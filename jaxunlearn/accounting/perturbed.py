@@ -84,6 +84,14 @@ def perturbed_residual(
         `paper_constants` their sum, as the authors' code does, which is no smaller.
 
     References: Guo et al. 2020, Theorem 1, Corollaries 1 and 2.
+
+    >>> import types
+    >>> names = "num_retained num_removed start_residual final_residual solver_gap "
+    >>> names += "gradient_norm_sum step_norm displacement_norm displacement_square_norm "
+    >>> names += "class_product_sum class_product_norm perturbation_norm"
+    >>> ones = types.SimpleNamespace(**dict.fromkeys(names.split(), 1))
+    >>> perturbed_residual(ones, l2=1.0, bound="evaluated")
+    {'residual': 1.000000000...}
     """
     slack = summation_slack(
         figures.gradient_norm_sum, num_rows=figures.num_retained + figures.num_removed
