@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 from jaxunlearn import Budget, accounting, certificates, errors, kernels, records
 from jaxunlearn.unlearners import infinitesimal_jackknife
@@ -280,6 +281,24 @@ def test_the_noise_is_that_of_the_declared_capacity_and_covers_it():
     assert one.info.measurements["noise_stddev"] == all_.info.measurements["noise_stddev"]
     assert one.info.measurements["budget_spent"] < 0.1 < 0.9
     assert 0.9 < all_.info.measurements["budget_spent"] <= 1
+
+
+def test_released_noise_has_the_certified_scale_and_two_thirds_or_three_halves_would_not_pass():
+    unlearner, params, state = trained(entropy=cases.Entropy(b"noise"))
+    state = unlearner.store(params, state, data=digits()[0])
+    noise = []
+    for _ in range(60):
+        result = unlearner.forget(params, state, [3], data=digits()[0])
+        drawn = np.asarray(result.params, np.float64) - iterate(result.opt_state)
+        noise.append(drawn / result.info.certificate.noise.stddev)
+    noise = np.stack(noise)
+    low, high = scipy.stats.chi2.ppf([5e-7, 1 - 5e-7], noise.size)
+    accepted = lambda sample: low < np.sum(sample**2) < high
+    assert accepted(noise)
+    for scale in (2 / 3, 3 / 2):
+        within = scipy.stats.chi2.cdf(np.array([low, high]) / scale**2, noise.size)
+        assert within[1] - within[0] < 1e-4
+        assert not accepted(scale * noise)
 
 
 def test_the_certificate_names_the_constants_and_verifies():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 from jaxunlearn import Budget, accounting, certificates, errors, kernels, records
 from jaxunlearn.unlearners import stored_newton
@@ -278,6 +279,24 @@ def test_the_noise_is_that_of_the_declared_capacity_whatever_is_asked():
     )
     spent = [info.measurements["budget_spent"] for info in (one.info, four.info)]
     assert 0 < spent[0] < 0.01 < 0.9 < spent[1] <= 1
+
+
+def test_released_noise_has_the_certified_scale_and_two_thirds_or_three_halves_would_not_pass():
+    unlearner, params, state = logistic(entropy=cases.Entropy(b"noise"))
+    state = unlearner.store(params, state, data=digits()[0])
+    noise = []
+    for _ in range(60):
+        result = unlearner.forget(params, state, [3], data=digits()[0])
+        drawn = np.asarray(result.params, np.float64) - iterate(result.opt_state)
+        noise.append(drawn / result.info.certificate.noise.stddev)
+    noise = np.stack(noise)
+    low, high = scipy.stats.chi2.ppf([5e-7, 1 - 5e-7], noise.size)
+    accepted = lambda sample: low < np.sum(sample**2) < high
+    assert accepted(noise)
+    for scale in (2 / 3, 3 / 2):
+        within = scipy.stats.chi2.cdf(np.array([low, high]) / scale**2, noise.size)
+        assert within[1] - within[0] < 1e-4
+        assert not accepted(scale * noise)
 
 
 def test_as_many_releases_of_full_capacity_fit_as_were_declared():
