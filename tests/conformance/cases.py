@@ -235,6 +235,7 @@ CASES = [
         operands=rows_to_go,
         moves_params=False,
         differentiates=None,
+        is_slow=True,
     ),
     Case(
         "deltagrad-settle",
@@ -279,9 +280,10 @@ CASES = [
         unlearners.infinitesimal_jackknife,
         STORED | {"l1": 0.05, "polish_steps": 5},
         crossed=False,
+        is_slow=True,
     ),
     _fixed_path("fixed_path", options=REPLAY),
-    _fixed_path("fixed_path-kept", options=REPLAY | KEPT, crossed=False),
+    _fixed_path("fixed_path-kept", options=REPLAY | KEPT, crossed=False, is_slow=True),
     Case(
         "newton-rebuild",
         unlearners.newton,
@@ -370,7 +372,7 @@ INSIDE = [
 ]
 PLAIN = INSIDE[0]
 PAIRS = [(case, inside) for case in CASES for inside in INSIDE if case.crossed or inside is PLAIN]
-FIRST = {"adamw", "momentum", "chain", "inject_hyperparams"}
+FIRST = {"adamw", "inject_hyperparams"}
 """What every method is crossed with in each run; the rest of INSIDE is slow but for two methods."""
 
 
