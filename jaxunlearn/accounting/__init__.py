@@ -117,6 +117,7 @@ from jaxunlearn.accounting.noise import (
     discrete_gaussian,
     grid_of,
     grid_sensitivity,
+    source_of,
 )
 from jaxunlearn.accounting.noisy_sgd import (
     NoisySGD,
@@ -306,6 +307,7 @@ __all__ = [
     "sharded_retraining",
     "slice_epochs",
     "sliced_retraining",
+    "source_of",
     "spectral_norm_bound",
     "split_budget",
     "stationary_lsi",

@@ -27,6 +27,7 @@ __all__ = [
     "discrete_gaussian",
     "grid_of",
     "grid_sensitivity",
+    "source_of",
 ]
 
 MIN_STDDEV_ON_GRID = 2**24
@@ -151,8 +152,17 @@ def add_grid_noise(
         stddev_on_grid=stddev_on_grid,
         noise_stddev=grid * stddev_on_grid,
         sensitivity_on_grid=on_grid,
-        rng="os-entropy" if entropy in _OS_ENTROPY else "injected",
+        rng=source_of(entropy),
     )
+
+
+def source_of(entropy: Entropy) -> str:
+    """What a certificate says of a source of bytes: "os-entropy" or "injected".
+
+    >>> source_of(secrets.token_bytes), source_of(lambda size: bytes(size))
+    ('os-entropy', 'injected')
+    """
+    return "os-entropy" if entropy in _OS_ENTROPY else "injected"
 
 
 def _on_grid(values, grid, stddev_on_grid, entropy):

@@ -11,7 +11,7 @@ from jaxtyping import Float64
 
 from jaxunlearn.accounting.convex import LossConstants
 from jaxunlearn.accounting.noise import Entropy, add_grid_noise
-from jaxunlearn.accounting.removal import LinearModel, summation_slack
+from jaxunlearn.accounting.removal import LinearModel, corollary_1, summation_slack
 
 
 class PerturbedFigures(Protocol):
@@ -29,6 +29,8 @@ class PerturbedFigures(Protocol):
     class_product_sum: float
     class_product_norm: float
     perturbation_norm: float
+    largest_gradient: float
+    largest_feature: float
 
 
 def objective_noise(
@@ -66,7 +68,7 @@ def perturbed_residual(
 
         tight        ||H v + grad L_b(w; R)|| + (gamma / 2) ||X|| ||(x_i'v)^2||
         evaluated    ||grad L_b(w + v; R)||
-        corollary_1  carried + ||H v - delta|| + gamma ||X|| ||v|| ||X v||
+        corollary_1  carried + ||H v - delta|| + gamma max(1, max_i ||x_i|| / 2) ||X|| ||v|| ||X v||
         worst_case   carried + ||H v - delta|| + M (n - m) ||v||^2 / 2,
                      ||v|| <= (||delta|| + ||H v - delta||) / (l2 (n - m)),
                      ||delta|| <= m (2 L + (||b|| + ||grad L_b(w; D)||) / n)
@@ -83,12 +85,16 @@ def perturbed_residual(
       one_vs_rest: "corollary_1" takes the root of the squares of the classes' remainders, and with
         `paper_constants` their sum, as the authors' code does, which is no smaller.
 
+    Raises:
+      AssumptionError: "worst_case", and a row refutes the constants at w.
+
     References: Guo et al. 2020, Theorem 1, Corollaries 1 and 2.
 
     >>> import types
     >>> names = "num_retained num_removed start_residual final_residual solver_gap "
     >>> names += "gradient_norm_sum step_norm displacement_norm displacement_square_norm "
-    >>> names += "class_product_sum class_product_norm perturbation_norm"
+    >>> names += "class_product_sum class_product_norm perturbation_norm "
+    >>> names += "largest_gradient largest_feature"
     >>> ones = types.SimpleNamespace(**dict.fromkeys(names.split(), 1))
     >>> perturbed_residual(ones, l2=1.0, bound="evaluated")
     {'residual': 1.000000000...}
@@ -103,6 +109,10 @@ def perturbed_residual(
     if bound == "worst_case":
         if constants is None:
             raise ValueError('Expected constants with bound="worst_case".')
+        constants.check()
+        constants.check_rows(
+            largest_gradient=figures.largest_gradient, largest_feature=figures.largest_feature
+        )
         count = figures.num_retained + figures.num_removed
         outside = (figures.perturbation_norm + figures.start_residual + slack) / count
         delta = figures.num_removed * (2 * constants.lipschitz + outside)
@@ -124,4 +134,8 @@ def perturbed_residual(
         product = figures.class_product_norm
         if paper_constants:
             product = figures.class_product_sum
-    return {"carried": start, "solver": solver, "curvature": gamma * feature_norm * product}
+    curvature = corollary_1(
+        curvature_lipschitz=gamma, feature_norm=feature_norm, step_norm=1.0,
+        displacement_norm=product, largest_feature=figures.largest_feature,
+    )  # fmt: skip
+    return {"carried": start, "solver": solver, "curvature": curvature}

@@ -64,17 +64,27 @@ def corollary_1(
     feature_norm: float,
     step_norm: float,
     displacement_norm: float,
+    largest_feature: float = 1.0,
 ) -> float:
     """The same remainder as printed, gamma ||X||_2 ||v|| ||X v||: an upper bound when ||x_i|| <= 1.
 
+    For rows beyond 2 it is multiplied by max_i ||x_i|| / 2, since
+    (x_i' v)^2 <= ||x_i|| ||v|| |x_i' v| leaves (gamma / 2) ||X||_2 max_i ||x_i|| ||v|| ||X v||.
+
     Guo et al. 2020, Corollary 1.
+
+    Args:
+      largest_feature: max_i ||x_i|| of the retained rows.
 
     >>> corollary_1(
     ...     curvature_lipschitz=0.25, feature_norm=2.0, step_norm=1.0, displacement_norm=3.0
     ... )
     1.5
     """
-    return curvature_lipschitz * feature_norm * step_norm * displacement_norm
+    if not largest_feature >= 0:
+        raise ValueError(f"Expected largest_feature={largest_feature} >= 0.")
+    scale = max(1.0, 0.5 * largest_feature * (1 + 2.0**-40))
+    return curvature_lipschitz * feature_norm * step_norm * displacement_norm * scale
 
 
 def newton_distance(
@@ -141,6 +151,7 @@ class Figures(Protocol):
     step_norm: float
     displacement_norm: float
     displacement_square_norm: float
+    largest_feature: float
 
 
 class LinearModel(NamedTuple):
@@ -149,8 +160,9 @@ class LinearModel(NamedTuple):
     features: batch -> X of shape (B, d), for a single parameter leaf w of shape (d,) or (d, k).
     curvature_lipschitz: gamma with ||loss''(a) - loss''(b)|| <= gamma ||a - b|| as functions of
       x_i' w: 1 / (6 sqrt(3)) for the logistic loss (1/4, which bounds loss'' itself, is larger).
-    paper_bound: use Corollary 1 as printed, gamma ||X|| ||v|| ||X v||, instead of the integral
-      remainder (gamma / 2) ||X|| ||(x_i' v)^2||, which is smaller and as rigorous.
+    paper_bound: use Corollary 1, gamma ||X|| ||v|| ||X v||, times max_i ||x_i|| / 2 for rows
+      beyond 2, instead of the integral remainder (gamma / 2) ||X|| ||(x_i' v)^2||, which is
+      smaller and as rigorous.
     """
 
     features: Callable[[Batch], Float[Array, "b d"]]
@@ -165,6 +177,7 @@ class LinearModel(NamedTuple):
                 feature_norm=feature_norm,
                 step_norm=figures.step_norm,
                 displacement_norm=figures.displacement_norm,
+                largest_feature=figures.largest_feature,
             )
         return linear_remainder(
             curvature_lipschitz=self.curvature_lipschitz,
@@ -207,7 +220,12 @@ class WorstCase(NamedTuple):
 
         Args:
           start: ||grad F_D(w)||.  solver: ||H v - delta|| / (n - m).
+
+        Raises:
+          ValueError: a constant is negative or not finite.
         """
+        if not (0 <= self.lipschitz < np.inf and 0 <= self.hessian_lipschitz < np.inf):
+            raise ValueError(f"Expected finite constants >= 0, got {self}.")
         count = num_forgotten + num_retained
         lipschitz = 2.0 * self.lipschitz + start
         step = (num_forgotten * lipschitz / num_retained + solver) / l2

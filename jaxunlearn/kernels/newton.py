@@ -11,7 +11,7 @@ from jaxunlearn import tree
 from jaxunlearn.kernels.gradients import weighted_grad
 from jaxunlearn.kernels.per_example import per_example
 from jaxunlearn.kernels.products import hvp
-from jaxunlearn.kernels.rowwise import finite_rows
+from jaxunlearn.kernels.rowwise import finite_rows, largest_feature
 from jaxunlearn.kernels.solves import Solver
 from jaxunlearn.types import Batch, LossFn, Params
 
@@ -30,6 +30,7 @@ class RemovalFigures(NamedTuple):
     step_norm: ||v||.  displacement_norm: ||X v||_F.  displacement_square_norm: norm of the
       vector of ||x_i' v||^2, X the retained features (0 without features).
     num_non_finite: rows left out because their inputs or loss are not finite.
+    largest_feature: max_i ||x_i|| over D (0 without features).
     """
 
     num_retained: Int[Array, ""]
@@ -42,6 +43,7 @@ class RemovalFigures(NamedTuple):
     displacement_norm: Float[Array, ""]
     displacement_square_norm: Float[Array, ""]
     num_non_finite: Int[Array, ""]
+    largest_feature: Float[Array, ""]
 
 
 def newton_step(
@@ -133,7 +135,7 @@ def removal_figures(
         curved = product(params, rows, moved, weights=weights, num_rows=1)
         curved = _axpy(l2 * jnp.sum(weights), moved, curved)
         displaced = _displacements(features, rows, weights, moved)
-        squares = jnp.sum(displaced**2, axis=1)
+        squares, finite = jnp.sum(displaced**2, axis=1), finite_rows(rows)
         return RemovalFigures(
             num_retained=jnp.sum(weights > 0, dtype=jnp.int32),
             num_removed=jnp.sum(removed > 0, dtype=jnp.int32),
@@ -146,7 +148,8 @@ def removal_figures(
             step_norm=_norm(moved),
             displacement_norm=jnp.sqrt(jnp.sum(squares)),
             displacement_square_norm=jnp.linalg.norm(squares),
-            num_non_finite=jnp.sum((present > 0) & ~finite_rows(rows), dtype=jnp.int32),
+            num_non_finite=jnp.sum((present > 0) & ~finite, dtype=jnp.int32),
+            largest_feature=largest_feature(features, rows, (present > 0) & finite),
         )
 
     return figures

@@ -11,7 +11,7 @@ from jaxunlearn import tree
 from jaxunlearn.kernels.gradients import weighted_grad
 from jaxunlearn.kernels.per_example import per_example
 from jaxunlearn.kernels.products import hvp
-from jaxunlearn.kernels.rowwise import finite_rows
+from jaxunlearn.kernels.rowwise import finite_rows, largest_feature
 from jaxunlearn.kernels.solves import Solution, Solver
 from jaxunlearn.types import Batch, LossFn, Params
 
@@ -32,6 +32,7 @@ class PerturbedFigures(NamedTuple):
       and the Euclidean norm.
     perturbation_norm: ||b||.
     num_non_finite: rows left out because their inputs are not finite.
+    largest_gradient, largest_feature: max_i ||grad loss_i(w)|| and max_i ||x_i|| over D.
     """
 
     num_retained: Int[Array, ""]
@@ -47,6 +48,8 @@ class PerturbedFigures(NamedTuple):
     class_product_norm: Float[Array, ""]
     perturbation_norm: Float[Array, ""]
     num_non_finite: Int[Array, ""]
+    largest_gradient: Float[Array, ""]
+    largest_feature: Float[Array, ""]
 
 
 def perturbed_step(
@@ -56,6 +59,7 @@ def perturbed_step(
     solver: Solver,
     published: bool = False,
     features: Callable[[Batch], Float[Array, "b d"]] | None = None,
+    row_features: Callable[[Batch], Float[Array, "b d"]] | None = None,
     one_vs_rest: bool = False,
     microbatch_size: int | None = None,
 ):
@@ -67,6 +71,7 @@ def perturbed_step(
     Args:
       solver: (matvec, rhs) -> `Solution`; the system is divided by |R|.
       features: batch -> X of shape (B, d), for a single parameter leaf (d,) or (d, k).
+      row_features: batch -> X whose largest row is measured; None takes `features`.
       one_vs_rest: the loss is a sum of k losses, each of its own column of the parameters.
 
     Returns:
@@ -129,6 +134,10 @@ def perturbed_step(
             class_product_norm=jnp.linalg.norm(products),
             perturbation_norm=_norm(perturbation),
             num_non_finite=jnp.sum((present > 0) & ~finite, dtype=jnp.int32),
+            largest_gradient=jnp.max(jnp.where(present > 0, per_row(params, rows).norms(), 0.0)),
+            largest_feature=largest_feature(
+                row_features or features, rows, (present > 0) & finite
+            ),
         )
         return moved, solution, figures
 

@@ -176,3 +176,11 @@ def check_rows(batch: Batch, weights, keys) -> None:
 def as_weights(weights) -> Float[Array, "b"]:
     """Weights as floats: a divisor cast to the type of a boolean mask would be one."""
     return widen(weights)
+
+
+def largest_feature(features, rows: Batch, counted: Bool[Array, "b"]) -> Float[Array, ""]:
+    """max_i ||x_i|| over the counted rows, X = features(rows); 0 without features."""
+    if features is None:
+        return jnp.zeros(())
+    x = jnp.where(counted[:, None], features(rows), 0.0)
+    return jnp.max(jnp.sqrt(jnp.sum(x**2, axis=1)))

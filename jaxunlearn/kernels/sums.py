@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxunlearn.kernels.gradients import weighted_grad
 from jaxunlearn.kernels.per_example import per_example
 from jaxunlearn.kernels.products import hvp_many
-from jaxunlearn.kernels.rowwise import finite_rows
+from jaxunlearn.kernels.rowwise import finite_rows, largest_feature
 from jaxunlearn.types import Batch, LossFn, Params
 
 
@@ -70,16 +70,12 @@ def loss_sums(
         hessian = jax.vmap(lambda column: ravel_pytree(column)[0])(columns)
         norms = jnp.where(counted, per_row(params, rows).norms(), 0.0)
         finite = finite_rows(rows)
-        feature_norms = jnp.zeros(1, flat.dtype)
-        if features is not None:
-            x = jnp.where((counted & finite)[:, None], features(rows), 0.0)
-            feature_norms = jnp.sqrt(jnp.sum(x**2, axis=1))
         return LossSums(
             gradient=ravel_pytree(gradient(params, rows, weights, num_rows=1))[0],
             hessian=0.5 * (hessian + hessian.T),
             gradient_norm_sum=jnp.sum(norms),
             largest_gradient=jnp.max(norms),
-            largest_feature=jnp.max(feature_norms),
+            largest_feature=largest_feature(features, rows, counted & finite),
             num_rows=jnp.sum(counted, dtype=jnp.int32),
             num_non_finite=jnp.sum(counted & ~finite, dtype=jnp.int32),
         )

@@ -10,6 +10,7 @@ from jaxunlearn.records.checkpoints import (
     rewrite_slot,
     take_checkpoint,
 )
+from jaxunlearn.records.declarations import check_declaration, declare
 from jaxunlearn.records.deletion import DeletionPlan, Rerun, after_deletion, as_given, plan_deletion
 from jaxunlearn.records.draws import key_words, row_draws
 from jaxunlearn.records.exact_sums import (
@@ -22,7 +23,7 @@ from jaxunlearn.records.exact_sums import (
     quantise,
     unpack_int64,
 )
-from jaxunlearn.records.gathering import Gatherer, make_gatherer
+from jaxunlearn.records.gathering import Gatherer, check_stored, make_gatherer
 from jaxunlearn.records.ids import bucket, show_ids, validate_ids
 from jaxunlearn.records.iterates import (
     check_solution,
@@ -135,6 +136,7 @@ __all__ = [
     "bury",
     "check_choices",
     "check_convex",
+    "check_declaration",
     "check_grid",
     "check_integers",
     "check_learner_request",
@@ -146,10 +148,12 @@ __all__ = [
     "check_state",
     "check_status",
     "check_storage",
+    "check_stored",
     "check_unchanged",
     "check_update",
     "compare_replay",
     "cross_product",
+    "declare",
     "default_segment_length",
     "digest_leaf",
     "drop_after",

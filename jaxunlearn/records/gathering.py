@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from jaxunlearn import errors, kernels, tree
 from jaxunlearn.records.ids import bucket
 from jaxunlearn.records.iterates import widen
-from jaxunlearn.records.participation import Participation
+from jaxunlearn.records.participation import Participation, seen_ids
 from jaxunlearn.records.rows import RowReader, all_rows
 from jaxunlearn.records.statistics import (
     Statistics,
@@ -28,7 +28,8 @@ class Gatherer(NamedTuple):
     """What `make_gatherer` returns.
 
     stored: (params, participation, statistics, release_digest, reader) -> `Statistics`, those at
-      hand where they are of these parameters or of the last release, else taken from all rows.
+      hand where they are of these parameters or of the last release and of as many rows as were
+      seen since, else taken from all rows.
     removed: (sums, params, ids, reader) -> `kernels.LossSums` of the rows to forget, at the origin.
     """
 
@@ -92,7 +93,9 @@ def make_gatherer(
 
     def stored(params, participation: Participation, statistics, release_digest, reader):
         is_release = tree.digest_bytes(params) == np.asarray(release_digest).tobytes()
-        if int(statistics.num_stored) and (is_release or is_of(statistics, params)):
+        count = int(statistics.num_stored)
+        everyone = count > 0 and count == len(seen_ids(participation))
+        if everyone and (is_release or is_of(statistics, params)):
             return statistics
         return pack_sums(gather(params, participation, reader), digest_leaf(params))
 
@@ -109,3 +112,31 @@ def make_gatherer(
         return figures
 
     return Gatherer(stored, removed)
+
+
+def check_stored(
+    loss_fn: LossFn,
+    l2: float,
+    strong_convexity: float,
+    noise_stddev: float | None,
+    max_releases: int,
+) -> None:
+    """Refuse what no method that deletes from stored sums can be made with.
+
+    Raises:
+      ValueError: naming the argument.
+      LossSignatureError: the loss takes a key.
+    """
+    if not (l2 >= 0 and strong_convexity >= 0 and 0 < l2 + strong_convexity < np.inf):
+        raise ValueError(
+            f"Expected l2={l2} >= 0 and strong_convexity={strong_convexity} >= 0, not both zero."
+        )
+    if noise_stddev is not None and not (noise_stddev > 0 and np.isfinite(noise_stddev)):
+        raise ValueError(f"Expected noise_stddev={noise_stddev} > 0.")
+    if int(max_releases) != max_releases or max_releases < 1:
+        raise ValueError(f"Expected an integer max_releases={max_releases} >= 1.")
+    if kernels.takes_key(loss_fn):
+        raise errors.LossSignatureError(
+            "Expected loss_fn(params, batch): a minimiser has no key. Evaluate the model "
+            "deterministically, or use unlearners.replay."
+        )

@@ -1,6 +1,7 @@
 """`unlearners.certified_removal`: noise in the objective, and what a removal leaves of it."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from tests.unlearners._random_problems import logistic_loss, minimisers
 
 GAMMA, L2, NUM_ROWS = convex.GAMMA, 1e-2, 120
 BUDGET = Budget(epsilon=1.0, delta=1e-4, max_forget=60)
+WIDE = Budget(epsilon=1e4, delta=1e-4, max_forget=6)
 
 
 def features(batch):
@@ -396,3 +398,92 @@ def test_the_certificate_says_what_the_proof_leaves_open_and_verifies():
 def test_a_bad_option_is_refused_before_any_training(options):
     with pytest.raises(ValueError, match="Expected"):
         trained(**options)
+
+
+# --- what the constants are of -----------------------------------------------------------------
+
+
+def long_rows(scale):
+    """Rows of one feature, one in eight of the other class."""
+    y = np.where(np.arange(60) < 53, 1.0, -1.0)
+    return {"x": np.full((60, 1), scale, np.float32), "y": y.astype(np.float32)}
+
+
+def on_long_rows(data, **options):
+    """An unlearner without noise to speak of, at the minimiser of its rows."""
+    unlearner = certified_removal(
+        optax.sgd(0.1), logistic_loss, num_examples=60, l2=L2, noise_stddev=1e6,
+        budget=Budget(epsilon=1.0, delta=1e-4, max_forget=20), **options,
+    )  # fmt: skip
+    x, y = (np.asarray(data[name], np.float64) for name in ("x", "y"))
+    params = jnp.asarray(convex.logistic_minimiser(x, y, L2), jnp.float32)
+    state = unlearner.init(params)
+    silent = records.pack_float64(np.zeros(1))
+    state = state._replace(record=state.record._replace(perturbation_words=silent))
+    return unlearner, params, unlearner.update(
+        jnp.zeros(1), state, params, ids=np.arange(60, dtype=np.int32)
+    )[1]
+
+
+def test_corollary_1_is_above_the_truth_for_rows_beyond_norm_one():
+    data = long_rows(50.0)
+    unlearner, params, state = on_long_rows(data, bound="corollary_1", linear_model=MODEL)
+    figures = unlearner.forget(params, state, [3], data=data).info.measurements
+    assert figures["true_residual"] <= figures["residual_bound"]
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 54.0])
+def test_corollary_1_charges_for_the_longest_row(scale):
+    sizes = {"curvature_lipschitz": 1.0, "feature_norm": 1.0, "step_norm": 1.0}
+    charged = accounting.corollary_1(**sizes, displacement_norm=scale, largest_feature=scale)
+    exact = accounting.linear_remainder(
+        curvature_lipschitz=1.0, feature_norm=1.0, displacement_square_norm=scale**2
+    )
+    assert charged >= exact
+
+
+@pytest.mark.parametrize("negative", [{"hessian_lipschitz": -1.0}, {"lipschitz": -1.0}], ids=str)
+def test_negative_constants_are_refused(negative):
+    constants = accounting.LossConstants(1.0, 1.0)._replace(**negative)
+    with pytest.raises(ValueError, match="Expected"):
+        trained(bound="worst_case", linear_model=None, constants=constants)
+
+
+def test_rows_that_refute_the_constants_are_refused():
+    data = long_rows(1.0)
+    constants = accounting.LossConstants(1e-6, 1e-6)
+    unlearner, params, state = on_long_rows(data, bound="worst_case", constants=constants)
+    with pytest.raises(errors.AssumptionError, match="lipschitz"):
+        unlearner.forget(params, state, [3], data=data)
+    constants = accounting.LossConstants.logistic(features, feature_norm=0.9)
+    constants = constants._replace(lipschitz=1.1)
+    unlearner, params, state = on_long_rows(data, bound="worst_case", constants=constants)
+    with pytest.raises(errors.AssumptionError, match="feature_norm"):
+        unlearner.forget(params, state, [3], data=data)
+
+
+def test_the_certificate_lists_the_constants_and_the_classes_as_assumed():
+    constants = accounting.LossConstants.logistic(features, feature_norm=1.001)
+    unlearner, params, state = trained(bound="worst_case", constants=constants, budget=WIDE)
+    certificate = unlearner.forget(params, state, [3], data=digits()).info.certificate
+    statuses = {a.name: a.status for a in certificate.assumptions}
+    assert certificate.sensitivity.status == statuses["loss constants"] == "assumed"
+    assert statuses["gradient norms"] == "measured"
+    unlearner, params, state = trained(one_vs_rest=True)
+    certificate = unlearner.forget(params, state, [3], data=digits()).info.certificate
+    assert {a.name: a.status for a in certificate.assumptions}["one vs rest"] == "assumed"
+
+
+def test_os_urandom_is_the_operating_systems_entropy_in_the_certificate():
+    unlearner, params, state = trained(entropy=os.urandom, budget=WIDE)
+    certificate = unlearner.forget(params, state, [3], data=digits()).info.certificate
+    assert certificate.noise.rng == "os-entropy"
+
+
+@pytest.mark.parametrize(
+    "changed", [{"noise_stddev": 1e3}, {"budget": WIDE}, {"entropy": os.urandom}], ids=str
+)
+def test_a_state_keeps_to_the_noise_and_budget_of_its_init(changed):
+    _, params, state = trained()
+    with pytest.raises(errors.WrongStateError, match="declared otherwise"):
+        trained(**changed)[0].forget(params, state, [3], data=digits())

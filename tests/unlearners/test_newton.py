@@ -244,6 +244,19 @@ def test_the_bound_as_printed_is_above_the_default_one():
     assert bounds["default"]["residual_bound"] >= bounds["default"]["true_residual"]
 
 
+def test_the_printed_bound_is_above_the_truth_for_rows_beyond_norm_one():
+    y = np.where(np.arange(60) < 53, 1.0, -1.0)
+    data = {"x": np.full((60, 1), 50.0, np.float32), "y": y.astype(np.float32)}
+    minimiser = convex.logistic_minimiser(data["x"].astype(np.float64), y, 1e-2)
+    model = accounting.LinearModel(features, convex.GAMMA, paper_bound=True)
+    budget = Budget(epsilon=1.0, delta=1e-5, max_forget=20)
+    unlearner = removal(data, 1e-2, linear_model=model, budget=budget, noise_stddev=1e6)
+    params = jnp.asarray(minimiser, jnp.float32)
+    state = observed(unlearner, params, len(y))
+    figures = unlearner.forget(params, state, [3], data=data).info.measurements
+    assert figures["true_residual"] <= figures["residual_bound"]
+
+
 @pytest.mark.slow
 @pytest.mark.data
 def test_200_removals_from_mnist_stay_below_a_bound_within_five_times_of_the_truth(data_root):
@@ -696,3 +709,13 @@ def test_a_loss_with_a_key_is_refused():
 def test_a_bad_option_is_refused_before_any_training(options):
     with pytest.raises(ValueError, match="Expected"):
         quadratic(**options)
+
+
+def test_a_state_keeps_to_the_budget_and_noise_of_its_init():
+    data, _, y, minimiser = digits()
+    params = jnp.asarray(minimiser, jnp.float32)
+    state = observed(removal(data, 1e-2), params, len(y))
+    other = Budget(epsilon=0.05, delta=BUDGET.delta, max_forget=BUDGET.max_forget)
+    for changed in ({"noise_stddev": 20.0}, {"budget": other}):
+        with pytest.raises(errors.WrongStateError, match="declared otherwise"):
+            removal(data, 1e-2, **changed).forget(params, state, [3], data=data)

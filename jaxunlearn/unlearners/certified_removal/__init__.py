@@ -34,8 +34,10 @@ from jaxunlearn.types import (
     Unlearner,
     UnlearnerState,
 )
+from jaxunlearn.unlearners.certified_removal._promises import promise
 
-PAPER = "Guo, Goldstein, Hannun, van der Maaten 2020, arXiv 1911.03030, section 3"
+__all__ = ["CertifiedRemovalRecord", "certified_removal"]
+
 Bound = Literal["tight", "evaluated", "corollary_1", "worst_case"]
 
 
@@ -48,6 +50,7 @@ class CertifiedRemovalRecord(NamedTuple):
     release_digest: SHA-256 of the parameters last released; zeros before the first release.
     residual_words: the residual that the last release was charged with; published bounds add up.
     num_releases: releases so far.
+    declaration: digest of the budget, the noise, its source and constants, as `init` knew them.
     """
 
     participation: records.Participation
@@ -57,6 +60,7 @@ class CertifiedRemovalRecord(NamedTuple):
     release_digest: UInt8[Array, "32"]
     residual_words: UInt32[Array, "1 2"]
     num_releases: Int[Array, ""]
+    declaration: UInt8[Array, "32"]
 
 
 def certified_removal(
@@ -97,8 +101,9 @@ def certified_removal(
       linear_model: an `accounting.LinearModel`: one leaf, (d,) or (d, k), and gamma.
       bound: "tight", the one above, is the default with a linear model; "evaluated" takes the
         gradient at the result, the default without. For the paper's own step, and adding up from
-        one removal to the next: "corollary_1", gamma ||X|| ||v|| ||X v||, and "worst_case",
-        (n - m) M ||v||^2 / 2 by `constants`. Where the paper's figures are meant, gamma is 1/4.
+        one removal to the next: "corollary_1", gamma ||X|| ||v|| ||X v|| (times max ||x_i|| / 2
+        where a row is beyond 2), and "worst_case", (n - m) M ||v||^2 / 2 by `constants`, which are
+        checked on all rows at the start. Where the paper's figures are meant, gamma is 1/4.
       constants: for "worst_case" alone.
       one_vs_rest: the loss is a sum over the k columns of one leaf: the classes' remainders are
         combined by the root of their squares; by their sum with `paper_constants`.
@@ -125,7 +130,8 @@ def certified_removal(
 
     Raises (forget):
       IdError, WrongStateError, MissingDataError, TrainingRecordError, CoupledLossError,
-      SolverError (not convex), BudgetExhaustedError (retrain); inputs untouched.
+      SolverError (not convex), AssumptionError (a row refutes the constants),
+      BudgetExhaustedError (retrain); inputs untouched.
 
     References: Guo et al. 2020, Algorithm 2, Theorems 1 and 3, Corollaries 1 and 2. Deviations: the
       step stands on grad L_b(w; R), so that no residual is carried from one removal to the next;
@@ -138,6 +144,7 @@ def certified_removal(
     step_of = functools.partial(
         kernels.perturbed_step, loss_fn, l2=l2, features=features, one_vs_rest=one_vs_rest,
         published=published, microbatch_size=microbatch_size,
+        row_features=constants.features if constants and kind == "worst_case" else None,
         solver=solver or kernels.cg(tol=1e-10, max_iterations=1000),
     )  # fmt: skip
     step, take_step = step_of(), jax.jit(step_of())
@@ -155,6 +162,12 @@ def certified_removal(
     loss_checked: list[bool] = []
     templates: list[Any] = []
 
+    def declaration():
+        return records.declare(
+            num_examples=num_examples, rows_trained=rows_trained, budget=budget, l2=l2,
+            noise=(noise_stddev, accounting.source_of(entropy)), constants=constants,
+        )  # fmt: skip
+
     def init(params):
         remaker.check(params)
         templates[:] = [jax.eval_shape(lambda: params)]
@@ -171,6 +184,7 @@ def certified_removal(
             release_digest=jnp.zeros((32,), jnp.uint8),
             residual_words=jnp.zeros((1, 2), jnp.uint32),
             num_releases=jnp.zeros((), jnp.int32),
+            declaration=declaration(),
         )
         return UnlearnerState(inner=remaker.fresh(params), record=record)
 
@@ -204,6 +218,7 @@ def certified_removal(
         records.check_participation(record.participation, ids)
         if templates:
             records.check_params(params, templates[0], "certified_removal")
+        records.check_declaration(record.declaration, declaration(), "certified_removal")
         if not int(record.num_draws):
             raise errors.TrainingRecordError(
                 "Expected an init that drew the noise of the objective, got one that ran inside "
@@ -281,6 +296,7 @@ def certified_removal(
             release_digest=records.digest_leaf(new_params),
             residual_words=records.pack_float64(np.array([residual])),
             num_releases=record.num_releases + 1,
+            declaration=record.declaration,
         )
         measurements = {
             "residual_bound": residual,
@@ -296,7 +312,11 @@ def certified_removal(
         return certificates.concluded(
             request, (params, opt_state), (new_params, UnlearnerState(inner, new_record)),
             measurements, epsilon=budget.epsilon, delta=budget.delta,
-            **_promise(residual, parts, len(flat), noise_stddev, entropy, kind, rebuild),
+            **promise(
+                residual, parts, dimension=len(flat), noise_stddev=noise_stddev,
+                rng=accounting.source_of(entropy), bound=kind, one_vs_rest=one_vs_rest,
+                constants=constants, rebuild=rebuild,
+            ),
         )  # fmt: skip
 
     terms: dict[str, Any] = {
@@ -344,56 +364,10 @@ def _check_options(loss_fn, l2, noise_stddev, bound, linear_model, constants):
         raise ValueError(f"Expected linear_model with bound={bound!r}.")
     if bound == "worst_case" and constants is None:
         raise ValueError('Expected constants with bound="worst_case".')
+    if constants is not None:
+        constants.check()
     if kernels.takes_key(loss_fn):
         raise errors.LossSignatureError(
             "Expected loss_fn(params, batch): a minimiser has no key. Evaluate the model "
             "deterministically, or use unlearners.replay."
         )
-
-
-def _promise(residual, terms, dimension, stddev, entropy, bound, rebuild) -> dict[str, Any]:
-    """The fields of the certificate that say what is promised, and what is not."""
-    remade = {"public rebuild": rebuild.assumption} if rebuild else {}
-    told = {
-        "shift": "The residual acts as a shift that does not depend on the noise drawn.",
-        "real_arithmetic": "Minimisation is exact beyond the residual that is charged.",
-    }
-    if bound in ("tight", "corollary_1"):
-        told["linear_model"] = "The loss depends on the parameters through x'w, with this gamma."
-    grid, units = accounting.grid_of(stddev)
-    excluded = [name for name in _EXCLUDED if not (rebuild and name == "optimizer state")]
-    return {
-        "method": "certified_removal",
-        "paper": PAPER,
-        "target": "minimiser",
-        "guarantee": "certified",
-        "scope": "full-state" if rebuild else "params",
-        "sensitivity": certificates.Sensitivity(
-            value=residual, status="measured", text=f"gradient residual, bound {bound!r}"
-        ),
-        "noise": certificates.Noise(
-            stddev=grid * units, grid=grid, mechanism=certificates.DISCRETE_GAUSSIAN,
-            rng="os-entropy" if entropy is secrets.token_bytes else "injected",
-        ),
-        "dimension": dimension,
-        "residuals": terms,
-        "assumptions": (
-            *certificates.assumed(*_ASSUMED, **told, **remade),
-            *certificates.measured("data-dependent bound", "arithmetic"),
-        ),
-        "not_covered": (*certificates.excluded(*excluded), _SAME_NOISE),
-    }  # fmt: skip
-
-
-_SAME_NOISE = (
-    "Other models with the same noise in their objective, earlier releases among them: two, and "
-    "the rows that they share, give the noise away. Nobody may hold both."
-)
-_ASSUMED = (
-    *("convexity", "rows unchanged", "oblivious requests", "public settings"),
-    *("one lineage", "secret record"),
-)
-_EXCLUDED = (
-    *("earlier models", "optimizer state", "preparation", "copies", "adaptive requests"),
-    *("other rows", "this page"),
-)
