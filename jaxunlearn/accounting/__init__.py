@@ -62,7 +62,6 @@ from jaxunlearn.accounting.descent_to_delete import (
 )
 from jaxunlearn.accounting.distances import (
     deep_newton_distance,
-    jackknife_distance,
     minimiser_distance,
     recollection_distance,
     rewind_distance,
@@ -269,7 +268,6 @@ __all__ = [
     "holder_orders",
     "holder_weights",
     "iteration_mu",
-    "jackknife_distance",
     "langevin_curve",
     "langevin_learning_curve",
     "langevin_steps",

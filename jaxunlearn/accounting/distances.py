@@ -1,7 +1,7 @@
 """How far an update may land from what retraining would give: upper bounds, from constants alone.
 
 Each is a sensitivity for `gaussian_noise_stddev` or, on the released grid, `certified_noise`.
-`newton_distance` and the measured bounds stand in `removal`.
+`newton_distance` and the measured bounds stand in `removal`, those from stored sums in `convex`.
 """
 
 import math
@@ -9,7 +9,6 @@ import math
 import numpy as np
 
 from jaxunlearn.accounting._checks import expect, expect_all, expect_count
-from jaxunlearn.accounting.removal import newton_distance
 from jaxunlearn.accounting.rounding import raised
 
 
@@ -31,44 +30,6 @@ def minimiser_distance(
     retained = expect_count("num_retained", num_retained)
     expect_all(above_=0.0, l2=l2, lipschitz=lipschitz)
     return raised(forgotten * lipschitz / (l2 * retained))
-
-
-def jackknife_distance(
-    *,
-    num_forgotten: int,
-    num_retained: int,
-    l2: float,
-    lipschitz: float,
-    smoothness: float,
-    hessian_lipschitz: float,
-) -> float:
-    """||w + (1/n) H^-1 sum_U grad loss_i - retain-set minimiser||: an upper bound [D].
-
-        M m^2 L^2 / (2 l2^3 (n - m)^2) + m^2 beta L / (l2^2 n (n - m))
-
-    `newton_distance`, plus what the full-data Hessian in place of the retained one changes:
-    (n - m) H_R = n H - H_U with H_U at most m beta. The infinitesimal jackknife of Suriyakumar and
-    Wilson 2022.
-
-    Args:
-      smoothness: beta >= ||hess loss_i||.
-
-    >>> sizes = {"num_forgotten": 1, "num_retained": 9, "l2": 1.0, "lipschitz": 3.0}
-    >>> round(jackknife_distance(**sizes, smoothness=1.0, hessian_lipschitz=0.0), 9)
-    0.033333333
-    """
-    expect("smoothness", smoothness, at_least=0.0)
-    newton = newton_distance(
-        num_forgotten=num_forgotten,
-        num_retained=num_retained,
-        l2=l2,
-        lipschitz=lipschitz,
-        hessian_lipschitz=hessian_lipschitz,
-    )
-    count = num_forgotten + num_retained
-    return raised(
-        newton + num_forgotten**2 * smoothness * lipschitz / (l2**2 * count * num_retained)
-    )
 
 
 def rewind_distance(

@@ -12,6 +12,12 @@ of learning without it, epoch after epoch, coupled by their noise; K epochs of u
 edited data leave mu = (Z / s) sqrt((1 - c^2)/(c^(-2 K n/b) - 1)), s^2 = 2 eta sigma^2
 (`contracted_mu`); and after them the next request starts from Z' = Z c^(K n/b) + Z_B.
 
+c is the contraction of a step of *unclipped* gradients of a convex loss, and of clipped ones where
+the loss depends on the parameters through one number x'w: clipping l'(x'w) x bounds l', which stays
+monotone. Elsewhere the clip can turn gradients so that steps expand: of x_0^2/2 + 5 x_1, clipped to
+1, with m = 1e-3, a step is 1.0143-Lipschitz where c is 0.999. So the results here hold where the
+clip never binds, or the loss is of x'w.
+
 The published bound on D_alpha is exactly twice alpha mu^2 / 2, and its epsilon comes by Mironov's
 conversion: `paper_constants=True`. The reference is the same noisy SGD run on for as long; the
 published term for a training that has not converged, `unconverged_curve`, is needed where the
@@ -34,7 +40,8 @@ class NoisySGD:
     """Constants of the training, known before any data.
 
     strong_convexity: m.  smoothness: L, of the loss with its L2 term, m <= L.
-    gradient_clip: M, of per-example gradients without the L2 term.
+    gradient_clip: M, of per-example gradients without the L2 term. Either every gradient is within
+      it anyway, or each row's loss is a convex function of one number x'w.
     noise_stddev: sigma; each step adds sqrt(2 eta) sigma per coordinate.
     num_examples: n.  batch_size: b, dividing n; None is full batch.
     learning_rate: eta; None is 1 / L.  radius: R of the projection, inf for none.
@@ -84,7 +91,7 @@ class NoisySGD:
 
     @property
     def contraction(self) -> float:
-        """c = 1 - eta m of one step: an upper bound."""
+        """c = 1 - eta m of one step: an upper bound, where the clip is as the module says."""
         return min(1.0, max(0.0, 1 - self.rate * self.strong_convexity))
 
     @property

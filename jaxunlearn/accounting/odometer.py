@@ -49,10 +49,15 @@ class Option:
     def of_quote(cls, name: str, quote: Quote, **costs: float) -> "Option":
         """What an unlearner's `quote` says, with what it would cost of the odometer's resources.
 
+        Raises:
+          ValueError: the quote is not feasible, which makes it no way to serve the request.
+
         >>> quote = Quote(feasible=True, reason="", guarantee="exact", seconds=2.0)
         >>> Option.of_quote("replay", quote, deletions=1).seconds
         2.0
         """
+        if not quote.feasible:
+            raise ValueError(f"Expected a feasible quote of {name!r}, got: {quote.reason}")
         return cls(
             name=name,
             costs=costs,

@@ -84,7 +84,9 @@ def test_newton_jackknife_and_doing_nothing_on_logistic_regression(num_forgotten
     ]
     assert np.all(np.array(step) <= np.array(printed))
     swap = [
-        accounting.jackknife_distance(l2=a, lipschitz=b, smoothness=s, hessian_lipschitz=m, **sizes)
+        accounting.LossConstants(b, m, smoothness=s - a).jackknife_distance(
+            a, gradient=num_forgotten * b / retained, paper_step=True, l2=a, **sizes
+        )
         for a, b, s, m in rows
     ]
     assert loose(swap, gap(jackknife)) < 300

@@ -22,7 +22,7 @@ from jaxunlearn.accounting import (
     units_down,
     units_up,
 )
-from jaxunlearn.types import Budget
+from jaxunlearn.types import Budget, Quote
 
 
 def ask(requester=None, alternatives=(), **costs):
@@ -371,3 +371,9 @@ def test_the_odometer_of_the_memory_pair_is_the_general_one():
             assert told.fits == general.fits == (spent + asked <= 5)
             if told.fits:
                 assert odometer.spend(spent, asked) == spent + asked
+
+
+def test_a_refused_quote_is_no_option():
+    refused = Quote(feasible=False, reason="budget exhausted", guarantee="certified", seconds=0.1)
+    with pytest.raises(ValueError, match="budget exhausted"):
+        Option.of_quote("newton", refused)

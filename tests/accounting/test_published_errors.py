@@ -256,3 +256,33 @@ def test_the_deep_newton_bound_is_no_better_than_clipping():
 
 def test_the_curve_of_a_gaussian_is_not_flat():
     assert RenyiCurve.gaussian(1.0)(20.0) == pytest.approx(10.0)
+
+
+# --- clipping and contraction ------------------------------------------------------------------
+
+
+def lipschitz_of_clipped_steps(gradients, setting, points):
+    """The largest ||step(x + h v) - step(x)|| / h over points x and 400 directions v."""
+
+    def step(x):
+        g = gradients(x)
+        g = g * np.minimum(1, setting.gradient_clip / np.linalg.norm(g, axis=-1, keepdims=True))
+        return x - setting.rate * (g + setting.strong_convexity * x)
+
+    angles = np.linspace(0, np.pi, 400)
+    v = 1e-5 * np.stack([np.cos(angles), np.sin(angles)], 1)
+    moved = step(points[:, None] + v) - step(points[:, None])
+    return np.linalg.norm(moved, axis=-1).max() / 1e-5
+
+
+def test_clipping_keeps_the_contraction_of_a_loss_of_one_number_and_breaks_that_of_others():
+    setting = NoisySGD(
+        strong_convexity=1e-3, smoothness=1 + 1e-3, gradient_clip=1.0, noise_stddev=1.0,
+        num_examples=1,
+    )  # fmt: skip
+    points = np.random.default_rng(0).normal(size=(200, 2)) * 5
+    points[0] = [5.0, 0.0]
+    of_one_number = lambda x: (x @ np.array([0.6, 0.8]) - 1)[..., None] * np.array([0.6, 0.8])
+    other = lambda x: np.stack([x[..., 0], np.full(x.shape[:-1], 5.0)], -1)
+    assert lipschitz_of_clipped_steps(of_one_number, setting, points) <= setting.contraction + 1e-9
+    assert lipschitz_of_clipped_steps(other, setting, points) > 1.014
