@@ -50,6 +50,8 @@ from jaxunlearn.accounting.contraction import (
 from jaxunlearn.accounting.convex import (
     LossConstants,
     balanced_l2,
+    capacity_noise,
+    charge_least,
     classic_noise,
     stored_noise,
 )
@@ -231,9 +233,11 @@ __all__ = [
     "basic_composition",
     "best_num_steps",
     "capacity_ceiling",
+    "capacity_noise",
     "cast_sensitivity",
     "certified_mu",
     "certified_noise",
+    "charge_least",
     "charge_release",
     "check_capacity",
     "check_request",

@@ -20,13 +20,14 @@ from typing import NamedTuple
 from jaxtyping import Array, Float
 
 from jaxunlearn import errors
+from jaxunlearn.accounting.budget import charge_release
 from jaxunlearn.accounting.release import certified_mu, release_mu
-from jaxunlearn.accounting.removal import newton_distance
+from jaxunlearn.accounting.removal import newton_distance, summation_slack
 from jaxunlearn.types import Batch, Budget
 
 _ROUNDING = 1 + 2.0**-40
 _ROOM = 1.001
-"""Share of the noise that covers what training and solving leave behind."""
+"""Share of the noise that covers what training leaves behind."""
 
 
 class LossConstants(NamedTuple):
@@ -219,6 +220,76 @@ def stored_noise(
     return stddev
 
 
+def capacity_noise(
+    distance_of: Callable[..., float],
+    constants: LossConstants,
+    *,
+    curvature: float,
+    budget: Budget,
+    num_examples: int,
+    dimension: int,
+    start: float = 0.0,
+    max_releases: int = 1,
+    paper_constants: bool = False,
+) -> float:
+    """`stored_noise` for requests of `budget.max_forget` rows, known before any data.
+
+    Room is left for rounding in the sums, of at most n + m gradients of norm L, and for an estimate
+    of what a solver leaves, 4 (p + 1024) eps (1 + p (1 + beta / lambda)) q (L^2 where beta is not
+    known): small next to the rest, but all there is of the bound of a quadratic loss.
+
+    Args:
+      distance_of: (num_forgotten, num_retained, gradient, solver) -> the distance.
+      curvature: lambda.  dimension: p.
+      start: s, the gradient norm of the mean objective that training may leave.
+    """
+    retained = num_examples - budget.max_forget
+    sizes = {"num_forgotten": budget.max_forget, "num_retained": retained}
+    norm_sum = (num_examples + budget.max_forget) * constants.lipschitz
+    slack = summation_slack(norm_sum, num_rows=num_examples) / retained
+    gradient = constants.gradient_bound(**sizes, start=start + slack)
+    beta = constants.smoothness if constants.smoothness < math.inf else constants.lipschitz**2
+    rounding = 4 * (dimension + 1024) * 2.0**-52
+    solver = rounding * (1 + dimension * (1 + beta / curvature)) * gradient
+    return stored_noise(
+        distance_of(**sizes, gradient=gradient, solver=solver + slack),
+        budget=budget, dimension=dimension, max_releases=max_releases,
+        paper_constants=paper_constants,
+    )  # fmt: skip
+
+
+def charge_least(
+    spent_units: int,
+    distance_of: Callable[..., float],
+    constants: LossConstants,
+    *,
+    num_forgotten: int,
+    num_retained: int,
+    start: float,
+    budget: Budget,
+    noise_stddev: float,
+    dimension: int,
+) -> None:
+    """Refuse a request whose charge is beyond the budget before rounding is added to it.
+
+    No data are needed: what solver and sums leave behind would only add to the charge.
+
+    Args:
+      num_forgotten: of this request and all before it.  start: as measured, or 0.
+
+    Raises:
+      BudgetExhaustedError: it does not fit.
+    """
+    if num_retained < 1:
+        return
+    sizes = {"num_forgotten": num_forgotten, "num_retained": num_retained}
+    gradient = constants.gradient_bound(**sizes, start=start)
+    charge_release(
+        spent_units, budget=budget, distance=distance_of(**sizes, gradient=gradient),
+        noise_stddev=noise_stddev, dimension=dimension,
+    )  # fmt: skip
+
+
 def balanced_l2(
     constants: LossConstants,
     *,
@@ -236,7 +307,8 @@ def balanced_l2(
         F(released) - F* <= (l2 / 2) D^2 + L (1 + sqrt(d) / mu) A / l2^3
 
     in expectation over the noise, on the retained rows. It is least at l2 = (6 L c A / D^2)^(1/4),
-    c = 1 + sqrt(d) / mu: the order of Sekhari et al. 2021, Theorem 2, with its constants named.
+    c = 1 + sqrt(d) / mu, up to the thousandth of room in `stored_noise` and the grid (2^-24 of the
+    noise), which are left out: the order of Sekhari et al. 2021, Theorem 2, with its constants named.
 
     Returns:
       (l2, the bound at it).

@@ -1,8 +1,8 @@
 """Langevin unlearning (Chien et al. 2024 a): full-batch noisy descent, in Renyi divergence.
 
 Steps as in `noisy_sgd` with b = n, under its condition on the clip: either it never binds, or each
-row's loss is a convex function of one number x'w. At stationarity, replacing S of n rows moves each step by
-2 eta M S / n, and the string of `iteration_mu` is straight: with c = 1 - eta m,
+row's loss is a convex function of one number x'w. At stationarity, replacing S of n rows moves each
+step by 2 eta M S / n, and the string of `iteration_mu` is straight: with c = 1 - eta m,
 
     D_alpha <= alpha eta M^2 S^2 (1 + c) / (n^2 sigma^2 (1 - c))
             <= 2 alpha S^2 M^2 / (m sigma^2 n^2)                                   [D]

@@ -28,6 +28,7 @@ from jaxunlearn.records.ids import bucket, show_ids, validate_ids
 from jaxunlearn.records.iterates import (
     check_solution,
     last_iterate,
+    noisy_params,
     pack_float64,
     unpack_float64,
     widen,
@@ -181,6 +182,7 @@ __all__ = [
     "make_segment",
     "mark_fitted",
     "mark_forgotten",
+    "noisy_params",
     "num_slots",
     "observe",
     "oracle",

@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from jaxunlearn import errors, kernels, tree
 from jaxunlearn.records.ids import bucket
 from jaxunlearn.records.iterates import widen
-from jaxunlearn.records.participation import Participation, seen_ids
+from jaxunlearn.records.participation import Participation, forgotten_ids, seen_ids
 from jaxunlearn.records.rows import RowReader, all_rows
 from jaxunlearn.records.statistics import (
     Statistics,
@@ -20,6 +20,7 @@ from jaxunlearn.records.statistics import (
     is_of,
     pack_sums,
     sums_of,
+    unpack_sums,
 )
 from jaxunlearn.types import LossFn, Params
 
@@ -27,12 +28,14 @@ from jaxunlearn.types import LossFn, Params
 class Gatherer(NamedTuple):
     """What `make_gatherer` returns.
 
-    stored: (params, participation, statistics, release_digest, reader) -> `Statistics`, those at
-      hand where they are of these parameters or of the last release and of as many rows as were
-      seen since, else taken from all rows.
+    sizes: (params, record, num_new) -> whether the sums in the record are of these parameters or of
+      the last release, and of as many rows as were seen; and by name, how many are forgotten and
+      how many stay once num_new more are gone, and the gradient norm that training left, or 0.
+    stored: (params, record, reader) -> `Statistics`, those at hand, else taken from all rows.
     removed: (sums, params, ids, reader) -> `kernels.LossSums` of the rows to forget, at the origin.
     """
 
+    sizes: Callable[..., tuple[bool, dict[str, Any]]]
     stored: Callable[..., Statistics]
     removed: Callable[..., kernels.LossSums]
 
@@ -66,7 +69,7 @@ def make_gatherer(
         with jax.enable_x64(True):
             return jax.device_get(measure(*widen((origin, rows, weights))))
 
-    def gather(params, participation, reader: RowReader) -> Sums:
+    def gather(params, participation: Participation, reader: RowReader) -> Sums:
         batch = all_rows(reader, participation, np.zeros(0, np.int32), num_examples)
         if not loss_checked:
             few = jax.tree.map(lambda leaf: leaf[batch.weights > 0][:8], batch.rows)
@@ -91,13 +94,24 @@ def make_gatherer(
         check(figures)
         return sums
 
-    def stored(params, participation: Participation, statistics, release_digest, reader):
-        is_release = tree.digest_bytes(params) == np.asarray(release_digest).tobytes()
-        count = int(statistics.num_stored)
-        everyone = count > 0 and count == len(seen_ids(participation))
-        if everyone and (is_release or is_of(statistics, params)):
-            return statistics
-        return pack_sums(gather(params, participation, reader), digest_leaf(params))
+    def at_hand(params, record) -> bool:
+        is_release = tree.digest_bytes(params) == np.asarray(record.release_digest).tobytes()
+        count = int(record.statistics.num_stored)
+        everyone = count > 0 and count == len(seen_ids(record.participation))
+        return everyone and (is_release or is_of(record.statistics, params))
+
+    def sizes(params, record, num_new: int) -> tuple[bool, dict[str, Any]]:
+        known = at_hand(params, record)
+        return known, {
+            "num_forgotten": len(forgotten_ids(record.participation)) + num_new,
+            "num_retained": len(seen_ids(record.participation)) - num_new,
+            "start": unpack_sums(record.statistics).start if known else 0.0,
+        }
+
+    def stored(params, record, reader: RowReader) -> Statistics:
+        if at_hand(params, record):
+            return record.statistics
+        return pack_sums(gather(params, record.participation, reader), digest_leaf(params))
 
     def removed(sums: Sums, params: Params, ids: np.ndarray, reader: RowReader):
         if len(ids) >= sums.num_rows:
@@ -111,7 +125,7 @@ def make_gatherer(
         check(figures)
         return figures
 
-    return Gatherer(stored, removed)
+    return Gatherer(sizes, stored, removed)
 
 
 def check_stored(

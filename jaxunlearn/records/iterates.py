@@ -39,6 +39,22 @@ def last_iterate(
     return params
 
 
+def noisy_params(values: Float64[np.ndarray, "p"], params: PyTree) -> PyTree:
+    """Noisy values in the shapes and types of `params`: post-processing, at no cost.
+
+    Raises:
+      NonFiniteError: one does not fit its type; a function of the noisy values alone.
+    """
+    with np.errstate(over="ignore"):
+        released = tree.unflatten(values, params)
+    if not bool(tree.all_finite(released)):
+        raise errors.NonFiniteError(
+            "Expected noisy values that the parameters' types can hold; nothing was released. Use "
+            "a wider type."
+        )
+    return released
+
+
 def check_solution(solution: kernels.Solution, moved: PyTree) -> None:
     """Refuse a solve that met negative curvature, and parameters that are not finite.
 

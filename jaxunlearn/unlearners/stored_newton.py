@@ -22,7 +22,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, UInt8, UInt32
 
-from jaxunlearn import accounting, certificates, errors, kernels, records, tree
+from jaxunlearn import accounting, certificates, kernels, records, tree
 from jaxunlearn.progress import progress as show_progress
 from jaxunlearn.types import (
     Budget,
@@ -45,6 +45,7 @@ class StoredNewtonRecord(NamedTuple):
     release_digest: SHA-256 of the parameters last released; zeros before the first release.
     spent_units: total mu squared spent, of `accounting.BUDGET_UNITS`, rounded up.
     num_releases: releases so far.
+    declaration: digest of the budget, the noise and the constants, as `init` knew them.
     """
 
     participation: records.Participation
@@ -53,6 +54,7 @@ class StoredNewtonRecord(NamedTuple):
     release_digest: UInt8[Array, "32"]
     spent_units: Int[Array, ""]
     num_releases: Int[Array, ""]
+    declaration: UInt8[Array, "32"]
 
 
 def stored_newton(
@@ -66,6 +68,7 @@ def stored_newton(
     strong_convexity: float = 0.0,
     noise_stddev: float | None = None,
     max_releases: int = 1,
+    start: float = 0.0,
     measured: bool = False,
     paper_constants: bool = False,
     polish_steps: int = 1,
@@ -93,7 +96,10 @@ def stored_newton(
         checked on all rows at the minimiser; M is taken on trust.
       strong_convexity: mu >= 0, of the loss itself, on trust; l2 + mu must be positive.
       noise_stddev: noise per parameter of each release. None takes the least with which
-        `max_releases` releases of max_forget rows each fit the budget (`accounting.stored_noise`).
+        `max_releases` releases of max_forget rows each fit the budget
+        (`accounting.capacity_noise`). With the default of 1 that is one request for all of them.
+      start: the gradient norm of the mean objective that training and `polish_steps` may leave;
+        where they leave more than this and a thousandth of q, that noise may not do.
       measured: charge the measured norm of grad F_R(w) where it is below q.
       paper_constants: charge 2 M m^2 (2 L)^2 / (lambda^3 n^2) at least, and add at least
         `accounting.classic_noise`.
@@ -127,7 +133,8 @@ def stored_newton(
       the mean form (`accounting.LossConstants`); exact Gaussian noise.
     """
     curvature = l2 + strong_convexity
-    _check_options(loss_fn, l2, strong_convexity, noise_stddev, constants, max_releases)
+    records.check_stored(loss_fn, l2, strong_convexity, noise_stddev, max_releases)
+    constants.check()
     accounting.check_capacity(budget, num_examples)
     sums_at = kernels.loss_sums(loss_fn, microbatch_size=microbatch_size)
     penalty = records.Penalty(l2)
@@ -160,17 +167,20 @@ def stored_newton(
     def noise_of(dimension):
         if noise_stddev is not None:
             return noise_stddev
-        retained = num_examples - budget.max_forget
-        gradient = constants.gradient_bound(num_forgotten=budget.max_forget, num_retained=retained)
-        largest = distance_of(
-            num_forgotten=budget.max_forget, num_retained=retained, gradient=gradient
-        )
-        return accounting.stored_noise(
-            largest, budget=budget, dimension=dimension, max_releases=max_releases,
+        return accounting.capacity_noise(
+            distance_of, constants, curvature=curvature, budget=budget, start=start,
+            num_examples=num_examples, dimension=dimension, max_releases=max_releases,
             paper_constants=paper_constants,
         )  # fmt: skip
 
     noise_of(1)  # refuse here what cannot be
+
+    def declaration(dimension):
+        return records.declare(
+            num_examples=num_examples, budget=budget, noise=noise_of(dimension),
+            constants=constants,
+            curvature=(l2, strong_convexity),
+        )  # fmt: skip
 
     def bound_of(sums, solver):
         """The distance, its terms, and the gradient bound that it rests on."""
@@ -196,6 +206,7 @@ def stored_newton(
             release_digest=jnp.zeros((32,), jnp.uint8),
             spent_units=jnp.zeros((), jnp.int32),
             num_releases=jnp.zeros((), jnp.int32),
+            declaration=declaration(tree.num_parameters(params)),
         )
         return UnlearnerState(inner=remaker.fresh(params), record=record)
 
@@ -228,19 +239,16 @@ def stored_newton(
         records.check_participation(record.participation, ids)
         if templates:
             records.check_params(params, templates[0], "stored_newton")
+        expected = declaration(tree.num_parameters(params))
+        records.check_declaration(record.declaration, expected, "stored_newton")
         total = len(records.forgotten_ids(record.participation)) + len(ids)
         if ids.size:
             accounting.check_request(budget, total, int(record.spent_units))
         return Request(ids, num_duplicates, begun, requester)
 
-    def sums_for(params, record, reader):
-        return gatherer.stored(
-            params, record.participation, record.statistics, record.release_digest, reader
-        )
-
     def store(params, opt_state, *, data):
         checked(params, opt_state, [])
-        statistics = sums_for(params, opt_state.record, records.RowReader(data))
+        statistics = gatherer.stored(params, opt_state.record, records.RowReader(data))
         return opt_state._replace(record=opt_state.record._replace(statistics=statistics))
 
     def forget(params, opt_state, ids, *, data=None, requester=None):
@@ -250,7 +258,7 @@ def stored_newton(
             return Forgotten(params, opt_state, ForgetInfo.of("stored_newton", request))
         record, reader = opt_state.record, records.RowReader(data)
         with show_progress("forgetting", 2, show=progress) as advance:
-            statistics = sums_for(params, record, reader)
+            statistics = gatherer.stored(params, record, reader)
             advance(1)
             origin = records.unpack_sums(statistics)
             sums = origin.without(gatherer.removed(origin, params, ids, reader))
@@ -270,7 +278,7 @@ def stored_newton(
         release = accounting.add_grid_noise(
             flat, noise_stddev=stddev, sensitivity=distance, entropy=entropy
         )
-        new_params = tree.unflatten(release.values, params)
+        new_params = records.noisy_params(release.values, params)
         inner = remaker.after(new_params, reader, opt_state, ids)
         new_record = StoredNewtonRecord(
             participation=records.bury(record.participation, ids),
@@ -279,6 +287,7 @@ def stored_newton(
             release_digest=records.digest_leaf(new_params),
             spent_units=jnp.asarray(charge.spent_units, jnp.int32),
             num_releases=record.num_releases + 1,
+            declaration=record.declaration,
         )
         measurements = {
             "distance_bound": distance,
@@ -312,8 +321,13 @@ def stored_newton(
     @records.refusals_as_quotes(**terms)
     def quote(params, opt_state, ids):
         ids = checked(params, opt_state, ids).ids
-        count = tree.num_parameters(params)
-        at_hand = int(opt_state.record.statistics.num_stored) > 0
+        count, record = tree.num_parameters(params), opt_state.record
+        at_hand, sizes = gatherer.sizes(params, record, len(ids))
+        if ids.size and not measured:
+            accounting.charge_least(
+                int(record.spent_units), distance_of, constants, budget=budget,
+                noise_stddev=noise_of(count), dimension=count, **sizes,
+            )  # fmt: skip
         return Quote(
             **terms,
             num_forgotten=len(ids),
@@ -327,21 +341,3 @@ def stored_newton(
         )
 
     return records.StoringUnlearner(init, update, forget, quote, forget_step, store=store)
-
-
-def _check_options(loss_fn, l2, strong_convexity, noise_stddev, constants, max_releases):
-    """Refuse a bad configuration at the factory."""
-    if not (l2 >= 0 and strong_convexity >= 0 and 0 < l2 + strong_convexity < np.inf):
-        raise ValueError(
-            f"Expected l2={l2} >= 0 and strong_convexity={strong_convexity} >= 0, not both zero."
-        )
-    if noise_stddev is not None and not (noise_stddev > 0 and np.isfinite(noise_stddev)):
-        raise ValueError(f"Expected noise_stddev={noise_stddev} > 0.")
-    if int(max_releases) != max_releases or max_releases < 1:
-        raise ValueError(f"Expected an integer max_releases={max_releases} >= 1.")
-    constants.check()
-    if kernels.takes_key(loss_fn):
-        raise errors.LossSignatureError(
-            "Expected loss_fn(params, batch): a minimiser has no key. Evaluate the model "
-            "deterministically, or use unlearners.replay."
-        )

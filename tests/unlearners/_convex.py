@@ -66,3 +66,12 @@ def two_digits(dataset, limit=None) -> dict[str, np.ndarray]:
 
 def small_digits() -> dict[str, np.ndarray]:
     return two_digits(datasets.digits(flatten=True).train)
+
+
+# --- states ------------------------------------------------------------------------------------
+
+
+def as_declared_by(unlearner, params, state):
+    """The state as if this unlearner, of other budget or noise, had made it."""
+    declaration = unlearner.init(params).record.declaration
+    return state._replace(record=state.record._replace(declaration=declaration))

@@ -337,3 +337,9 @@ def test_a_distance_beyond_the_budget_means_retrain_and_nothing_changes():
 def test_a_bad_option_is_refused_before_any_training(options):
     with pytest.raises(ValueError, match="Expected"):
         trained(**options)
+
+
+def test_a_state_keeps_to_the_noise_of_its_init():
+    _, params, state = trained()
+    with pytest.raises(errors.WrongStateError, match="declared otherwise"):
+        trained(noise_stddev=1e13)[0].quote(params, state, [3])

@@ -460,6 +460,7 @@ def test_parameters_before_any_release_are_started_from():
 def test_a_distance_beyond_the_budget_means_retrain_and_nothing_changes():
     unlearner = quadratic(noise_stddev=1e-9)
     _, data, params, state = tiny()
+    state = convex.as_declared_by(unlearner, params, state)
     before = cases.bits((params, state))
     with pytest.raises(errors.BudgetExhaustedError, match="retrain"):
         unlearner.forget(params, state, [3], data=data)
@@ -470,6 +471,7 @@ def test_a_distance_beyond_the_budget_means_retrain_and_nothing_changes():
 def test_releases_stop_before_the_budget_is_overspent():
     unlearner = quadratic(noise_stddev=3e-7)
     _, data, params, state = tiny()
+    state = convex.as_declared_by(unlearner, params, state)
     spent, refusal = [0.0], None
     for i in range(cases.NUM_SEEN - 1):
         try:
@@ -487,6 +489,7 @@ def test_releases_stop_before_the_budget_is_overspent():
 def test_max_forget_counts_ids_over_all_requests():
     unlearner = quadratic(budget=Budget(epsilon=1.0, delta=1e-4, max_forget=3))
     _, data, params, state = tiny()
+    state = convex.as_declared_by(unlearner, params, state)
     params, state, _ = unlearner.forget(params, state, [3, 5], data=data)
     before = cases.bits((params, state))
     with pytest.raises(errors.BudgetExhaustedError, match="max_forget=3"):
@@ -499,6 +502,7 @@ def test_max_forget_counts_ids_over_all_requests():
 def test_every_release_is_composed_into_the_certificate():
     unlearner = quadratic(noise_stddev=5.0)
     _, data, params, state = tiny()
+    state = convex.as_declared_by(unlearner, params, state)
     priors = []
     for i, ids in enumerate([[3], [5, 7], [0]]):
         params, state, info = unlearner.forget(params, state, ids, data=data)

@@ -430,3 +430,83 @@ def test_a_model_too_large_to_store_is_refused_before_training():
 def test_a_bad_option_is_refused_before_any_training(options):
     with pytest.raises(ValueError, match="Expected"):
         logistic(**options)
+
+
+# --- what was declared -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"budget": Budget(epsilon=0.05, delta=1e-4, max_forget=6)},
+        {"budget": Budget(epsilon=1.0, delta=1e-4, max_forget=7)},
+        {"noise_stddev": 2e5},
+        {"l2": 2 * L2},
+        {"constants": LOGISTIC._replace(hessian_lipschitz=0.01)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_state_keeps_to_the_budget_noise_and_constants_of_its_init(changed):
+    _, params, state = logistic()
+    with pytest.raises(errors.WrongStateError, match="declared otherwise"):
+        logistic(**changed)[0].forget(params, state, [3], data=digits()[0])
+
+
+def test_sums_without_the_rows_seen_since_are_taken_again():
+    unlearner, params, _ = logistic()
+    state = unlearner.init(params)
+    seen = lambda state, ids: unlearner.update(jnp.zeros(8), state, params, ids=ids)[1]
+    state = seen(state, np.arange(60, dtype=np.int32))
+    state = unlearner.store(params, state, data=digits()[0])
+    state = seen(state, np.arange(120, dtype=np.int32))
+    state, info = unlearner.forget(params, state, [100], data=digits()[0])[1:]
+    assert int(state.record.statistics.num_stored) == 119
+    gap = np.linalg.norm(iterate(state) - minimiser_without([100]))
+    assert gap <= info.measurements["distance_bound"]
+
+
+def test_the_certificate_says_that_the_bound_depends_on_the_data():
+    unlearner, params, state = logistic()
+    certificate = unlearner.forget(params, state, [3], data=digits()[0]).info.certificate
+    assert "data-dependent bound" in {a.name for a in certificate.assumptions}
+
+
+# --- what fits ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bend", [0.0, GAMMA], ids=["quadratic", "logistic"])
+def test_the_default_noise_covers_one_request_for_all_that_was_declared(bend):
+    """Rounding is all there is of the bound of a quadratic loss, and most of it at large l2."""
+    data = {"x": digits()[1][:, :3].astype(np.float32), "y": digits()[0]["y"]}
+    square = lambda w, batch: jnp.mean(0.5 * (batch["x"] @ w - batch["y"]) ** 2)
+    unlearner = stored_newton(
+        optax.sgd(0.1), random_problems.logistic_loss if bend else square, num_examples=120,
+        l2=1e3 if bend else 0.1, budget=Budget(epsilon=1.0, delta=1e-5, max_forget=1),
+        constants=LOGISTIC if bend else accounting.LossConstants(20.0, 0.0, smoothness=1.01),
+        polish_steps=3,
+    )  # fmt: skip
+    params = jnp.zeros(3)
+    ids = np.arange(120, dtype=np.int32)
+    state = unlearner.update(jnp.zeros(3), unlearner.init(params), params, ids=ids)[1]
+    info = unlearner.forget(params, state, [0], data=data).info
+    assert info.measurements["budget_spent"] <= 1
+
+
+def test_a_quote_says_whether_the_request_fits():
+    unlearner, params, state = logistic(noise_stddev=1e-3)
+    assert not unlearner.quote(params, state, [3, 4]).feasible
+    state = unlearner.store(params, state, data=digits()[0])
+    quote = unlearner.quote(params, state, [3, 4])
+    assert not quote.feasible
+    assert "retrain" in quote.reason
+    unlearner, params, state = logistic()
+    assert unlearner.quote(params, state, [3, 4]).feasible
+
+
+def test_noise_beyond_the_type_of_the_parameters_is_not_released():
+    unlearner, params, state = logistic(noise_stddev=1e8)
+    narrow = params.astype(jnp.float16)
+    ids = np.arange(120, dtype=np.int32)
+    state = unlearner.update(jnp.zeros(8, jnp.float16), unlearner.init(narrow), narrow, ids=ids)[1]
+    with pytest.raises(errors.NonFiniteError, match="wider type"):
+        unlearner.forget(narrow, state, [3], data=digits()[0])

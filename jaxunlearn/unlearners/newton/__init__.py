@@ -49,6 +49,7 @@ class NewtonRecord(NamedTuple):
     release_digest: SHA-256 of the parameters last released; zeros before the first release.
     spent_units: total mu squared spent, of `accounting.BUDGET_UNITS`, rounded up.
     num_releases: releases so far.
+    declaration: digest of the budget, the noise and the constants, as `init` knew them.
     """
 
     participation: records.Participation
@@ -56,6 +57,7 @@ class NewtonRecord(NamedTuple):
     release_digest: UInt8[Array, "32"]
     spent_units: Int[Array, ""]
     num_releases: Int[Array, ""]
+    declaration: UInt8[Array, "32"]
 
 
 def newton(
@@ -154,6 +156,13 @@ def newton(
 
     noise_of(1)  # refuse here what cannot be
 
+    def declaration(dimension):
+        return records.declare(
+            num_examples=num_examples, budget=budget, noise=noise_of(dimension),
+            constants=worst_case,
+            curvature=l2,
+        )  # fmt: skip
+
     def remade_inner(params, reader, batch, opt_state):
         if rebuilder is None:
             return fresh_inner(params)
@@ -172,6 +181,7 @@ def newton(
             release_digest=jnp.zeros((32,), jnp.uint8),
             spent_units=jnp.zeros((), jnp.int32),
             num_releases=jnp.zeros((), jnp.int32),
+            declaration=declaration(count),
         )
         return UnlearnerState(inner=fresh_inner(params), record=record)
 
@@ -200,6 +210,8 @@ def newton(
         records.check_participation(record.participation, ids)
         if templates:
             records.check_params(params, templates[0], "newton")
+        expected = declaration(tree.num_parameters(params))
+        records.check_declaration(record.declaration, expected, "newton")
         total = len(records.forgotten_ids(record.participation)) + len(ids)
         if ids.size:
             accounting.check_request(budget, total, int(record.spent_units))
@@ -263,7 +275,7 @@ def newton(
         release = accounting.add_grid_noise(
             flat, noise_stddev=stddev, sensitivity=bound.distance, entropy=entropy
         )
-        new_params = tree.unflatten(release.values, params)
+        new_params = records.noisy_params(release.values, params)
         inner = remade_inner(new_params, reader, batch, opt_state)
         new_state = UnlearnerState(
             inner=tree.match_weak_types(inner, opt_state.inner),
@@ -329,4 +341,5 @@ def _next_record(record, ids, flat, new_params, charge) -> NewtonRecord:
         release_digest=jnp.asarray(np.frombuffer(tree.digest_bytes(new_params), np.uint8)),
         spent_units=jnp.asarray(charge.spent_units, jnp.int32),
         num_releases=record.num_releases + 1,
+        declaration=record.declaration,
     )
