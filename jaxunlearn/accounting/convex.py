@@ -308,7 +308,7 @@ def balanced_l2(
 
     in expectation over the noise, on the retained rows. It is least at l2 = (6 L c A / D^2)^(1/4),
     c = 1 + sqrt(d) / mu, up to the thousandth of room in `stored_noise` and the grid (2^-24 of the
-    noise), which are left out: the order of Sekhari et al. 2021, Theorem 2, with its constants named.
+    noise), which are left out: the order of Sekhari et al. 2021, Theorem 2, with named constants.
 
     Returns:
       (l2, the bound at it).

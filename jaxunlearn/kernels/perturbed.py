@@ -135,9 +135,7 @@ def perturbed_step(
             perturbation_norm=_norm(perturbation),
             num_non_finite=jnp.sum((present > 0) & ~finite, dtype=jnp.int32),
             largest_gradient=jnp.max(jnp.where(present > 0, per_row(params, rows).norms(), 0.0)),
-            largest_feature=largest_feature(
-                row_features or features, rows, (present > 0) & finite
-            ),
+            largest_feature=largest_feature(row_features or features, rows, (present > 0) & finite),
         )
         return moved, solution, figures
 
