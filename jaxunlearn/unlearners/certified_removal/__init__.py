@@ -34,7 +34,7 @@ from jaxunlearn.types import (
     Unlearner,
     UnlearnerState,
 )
-from jaxunlearn.unlearners.certified_removal._promises import promise
+from jaxunlearn.unlearners.certified_removal._promises import measurements, promise
 
 __all__ = ["CertifiedRemovalRecord", "certified_removal"]
 
@@ -298,20 +298,15 @@ def certified_removal(
             num_releases=record.num_releases + 1,
             declaration=record.declaration,
         )
-        measurements = {
-            "residual_bound": residual,
-            "true_residual": figures.final_residual,
-            "start_residual": figures.start_residual,
-            "distance_bound": residual / (figures.num_retained * l2),
+        budgets = {
             "budget_spent": charge.spent_units / accounting.BUDGET_UNITS,
             "residual_budget": min(limit, covered),
             "solver_iterations": iterations,
-            "num_non_finite_rows": figures.num_non_finite,
-            **{f"bound_{name}": value for name, value in parts.items()},
         }
         return certificates.concluded(
             request, (params, opt_state), (new_params, UnlearnerState(inner, new_record)),
-            measurements, epsilon=budget.epsilon, delta=budget.delta,
+            measurements(figures, parts, l2) | budgets,
+            epsilon=budget.epsilon, delta=budget.delta,
             **promise(
                 residual, parts, dimension=len(flat), noise_stddev=noise_stddev,
                 rng=accounting.source_of(entropy), bound=kind, one_vs_rest=one_vs_rest,

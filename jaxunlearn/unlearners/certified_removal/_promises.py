@@ -77,3 +77,16 @@ _EXCLUDED = (
     *("earlier models", "optimizer state", "preparation", "copies", "adaptive requests"),
     *("other rows", "this page"),
 )
+
+
+def measurements(figures, terms: dict[str, float], l2: float) -> dict[str, Any]:
+    """The figures of a removal that `forget` reports."""
+    residual = sum(terms.values())
+    return {
+        "residual_bound": residual,
+        "true_residual": figures.final_residual,
+        "start_residual": figures.start_residual,
+        "distance_bound": residual / (figures.num_retained * l2),
+        "num_non_finite_rows": figures.num_non_finite,
+        **{f"bound_{name}": value for name, value in terms.items()},
+    }
