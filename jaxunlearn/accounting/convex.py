@@ -243,6 +243,8 @@ def capacity_noise(
       curvature: lambda.  dimension: p.
       start: s, the gradient norm of the mean objective that training may leave.
     """
+    if not 0 <= start < math.inf:
+        raise ValueError(f"Expected start={start} >= 0 and finite.")
     retained = num_examples - budget.max_forget
     sizes = {"num_forgotten": budget.max_forget, "num_retained": retained}
     norm_sum = (num_examples + budget.max_forget) * constants.lipschitz

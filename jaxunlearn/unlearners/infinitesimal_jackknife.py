@@ -207,10 +207,10 @@ def infinitesimal_jackknife(
 
     noise_of(1)  # refuse here what cannot be
 
-    def declaration(dimension):
+    def declaration():
         return records.declare(
-            num_examples=num_examples, budget=budget, noise=noise_of(dimension),
-            constants=constants,
+            num_examples=num_examples, budget=budget, constants=constants,
+            noise=(noise_stddev, max_releases, start, paper_constants),
             curvature=(l1, l2, strong_convexity),
         )  # fmt: skip
 
@@ -238,7 +238,7 @@ def infinitesimal_jackknife(
             release_digest=jnp.zeros((32,), jnp.uint8),
             spent_units=jnp.zeros((), jnp.int32),
             num_releases=jnp.zeros((), jnp.int32),
-            declaration=declaration(tree.num_parameters(params)),
+            declaration=declaration(),
         )
         return UnlearnerState(inner=remaker.fresh(params), record=record)
 
@@ -278,8 +278,7 @@ def infinitesimal_jackknife(
         records.check_participation(record.participation, ids)
         if templates:
             records.check_params(params, templates[0], "infinitesimal_jackknife")
-        expected = declaration(tree.num_parameters(params))
-        records.check_declaration(record.declaration, expected, "infinitesimal_jackknife")
+        records.check_declaration(record.declaration, declaration(), "infinitesimal_jackknife")
         total = len(records.forgotten_ids(record.participation)) + len(ids)
         if ids.size:
             accounting.check_request(budget, total, int(record.spent_units))

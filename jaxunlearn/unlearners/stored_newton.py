@@ -175,10 +175,10 @@ def stored_newton(
 
     noise_of(1)  # refuse here what cannot be
 
-    def declaration(dimension):
+    def declaration():
         return records.declare(
-            num_examples=num_examples, budget=budget, noise=noise_of(dimension),
-            constants=constants,
+            num_examples=num_examples, budget=budget, constants=constants,
+            noise=(noise_stddev, max_releases, start, paper_constants),
             curvature=(l2, strong_convexity),
         )  # fmt: skip
 
@@ -206,7 +206,7 @@ def stored_newton(
             release_digest=jnp.zeros((32,), jnp.uint8),
             spent_units=jnp.zeros((), jnp.int32),
             num_releases=jnp.zeros((), jnp.int32),
-            declaration=declaration(tree.num_parameters(params)),
+            declaration=declaration(),
         )
         return UnlearnerState(inner=remaker.fresh(params), record=record)
 
@@ -239,8 +239,7 @@ def stored_newton(
         records.check_participation(record.participation, ids)
         if templates:
             records.check_params(params, templates[0], "stored_newton")
-        expected = declaration(tree.num_parameters(params))
-        records.check_declaration(record.declaration, expected, "stored_newton")
+        records.check_declaration(record.declaration, declaration(), "stored_newton")
         total = len(records.forgotten_ids(record.participation)) + len(ids)
         if ids.size:
             accounting.check_request(budget, total, int(record.spent_units))

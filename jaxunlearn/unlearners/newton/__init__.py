@@ -156,9 +156,9 @@ def newton(
 
     noise_of(1)  # refuse here what cannot be
 
-    def declaration(dimension):
+    def declaration():
         return records.declare(
-            num_examples=num_examples, budget=budget, noise=noise_of(dimension),
+            num_examples=num_examples, budget=budget, noise=noise_stddev,
             constants=worst_case,
             curvature=l2,
         )  # fmt: skip
@@ -181,7 +181,7 @@ def newton(
             release_digest=jnp.zeros((32,), jnp.uint8),
             spent_units=jnp.zeros((), jnp.int32),
             num_releases=jnp.zeros((), jnp.int32),
-            declaration=declaration(count),
+            declaration=declaration(),
         )
         return UnlearnerState(inner=fresh_inner(params), record=record)
 
@@ -210,8 +210,7 @@ def newton(
         records.check_participation(record.participation, ids)
         if templates:
             records.check_params(params, templates[0], "newton")
-        expected = declaration(tree.num_parameters(params))
-        records.check_declaration(record.declaration, expected, "newton")
+        records.check_declaration(record.declaration, declaration(), "newton")
         total = len(records.forgotten_ids(record.participation)) + len(ids)
         if ids.size:
             accounting.check_request(budget, total, int(record.spent_units))
