@@ -41,7 +41,8 @@ def microbatched(
       loss_fn: mean of per-example losses for any batch size.
       consume: called on the `PerExampleGradients` of each microbatch; returns (added, stacked):
         pytrees of sums over rows, and of figures per row. The last microbatch is filled up with
-        padding rows, which contribute zero and are cut off again.
+        padding rows, which contribute zero and are cut off again. Sums of microbatches are added in
+        float32 or wider, and cast back to the dtype `consume` gave.
       microbatch_size: rows at a time, >= 1; it need not divide the batch.
       has_aux: as in `per_example`.
 
@@ -216,9 +217,21 @@ def _written_out(one, parts, num_parts: int) -> tuple[PyTree, PyTree]:
     for k in range(num_parts):
         part = jax.tree.map(functools.partial(_part_after, added, k), parts)
         new, figures = one(part)
-        added = new if added is None else jax.tree.map(jnp.add, added, new)
+        wide = jax.tree.map(lambda x: x.astype(_sum_dtype(x)), new)
+        added = wide if added is None else jax.tree.map(jnp.add, added, wide)
         stacked.append(figures)
-    return added, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
+    return _cast_like(added, new), jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
+
+
+def _sum_dtype(x) -> Any:
+    """The dtype to add microbatches up in: bfloat16 stops counting ones at 256."""
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.promote_types(x.dtype, jnp.float32) if is_float else x.dtype
+
+
+def _cast_like(added: PyTree, like: PyTree) -> PyTree:
+    """The sums in the dtypes of what was added."""
+    return jax.tree.map(lambda total, x: total.astype(x.dtype), added, like)
 
 
 def _part_after(done: PyTree, k: int, leaf: Array) -> Array:
@@ -242,7 +255,8 @@ def _looped(one, parts, num_parts: int) -> tuple[PyTree, PyTree]:
         live = ~jnp.all(padding, axis=1)
         last = jnp.max(jnp.where(live, jnp.arange(1, num_parts + 1), 0))
     shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], parts))
-    zeros = lambda lead, tree: jax.tree.map(lambda s: jnp.zeros((*lead, *s.shape), s.dtype), tree)
+    zeros = lambda s: jnp.zeros(s.shape, _sum_dtype(s))
+    rows = lambda s: jnp.zeros((num_parts, *s.shape), s.dtype)
     varying = lambda tree: local_params(tree, parts)
 
     def step(k, carry):
@@ -252,5 +266,6 @@ def _looped(one, parts, num_parts: int) -> tuple[PyTree, PyTree]:
         put = lambda out, leaf: lax.dynamic_update_index_in_dim(out, leaf, k, 0)
         return varying((jax.tree.map(jnp.add, added, new), jax.tree.map(put, stacked, figures)))
 
-    start = zeros((), shapes[0]), zeros((num_parts,), shapes[1])
-    return lax.fori_loop(0, last, step, varying(start))
+    start = jax.tree.map(zeros, shapes[0]), jax.tree.map(rows, shapes[1])
+    added, stacked = lax.fori_loop(0, last, step, varying(start))
+    return _cast_like(added, shapes[0]), stacked

@@ -66,6 +66,28 @@ def test_every_row_keeps_its_own_key_and_its_padding_by_id():
     assert_alike(step(params, batch, keys=keys, ids=ids), figures(grads))
 
 
+def one_tap(params, x):
+    dims = ("NHWC", "HWIO", "NHWC")
+    taps = params["w"][None, None]
+    return jnp.mean(jax.lax.conv_general_dilated(x, taps, (1, 1), "SAME", dimension_numbers=dims))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("convolves", [False, True])
+def test_microbatches_of_narrow_parameters_are_added_in_float32(dtype, convolves):
+    """Next to 2048 ones vanish in float16, and sixes too in bfloat16."""
+    x = jnp.array([2048, 1, 1, 1, 1, 6, 6], dtype)[:, None]
+    loss_fn = one_tap if convolves else lambda p, x: jnp.mean(x @ p["w"])
+    x = x[:, None, None] if convolves else x
+    total = lambda grads: ({"sum": grads.clipped_sum(jnp.inf), "rows": grads.contributes.sum()}, ())
+    step = kernels.microbatched(loss_fn, total, microbatch_size=1)
+    params = {"w": jnp.zeros((1, 1), dtype)}
+    added, _ = step(params, x)
+    assert added["sum"]["w"].dtype == dtype
+    assert added["rows"] == 7
+    assert float(added["sum"]["w"][0, 0]) == 2064.0
+
+
 def test_a_batch_without_rows_and_one_of_padding_alone_sum_to_zero():
     loss_fn, params, batch = CASES["dense"]
     step = kernels.microbatched(loss_fn, figures, microbatch_size=3)
