@@ -135,8 +135,10 @@ def clipped_grad(
       pre_clipping_transform: from one example's gradient to what is clipped and summed in its
         place. Materialises the gradients.
       microbatch_size: examples at a time, for bounded memory; see `microbatched`.
-      nan_safe: if False, a row that is not finite makes the whole result NaN.
-      dtype: of the result; None: that of each parameter.
+      nan_safe: if False, a row that is not finite, or whose transformed gradient is not, makes the
+        whole result NaN.
+      dtype: of the result; None: that of each parameter, but float32 for narrower ones. With one
+        below float32 `sensitivity` refuses: the cast comes before the noise.
       prng_argnum: an argument that is a key, split into one key for each example.
       spmd_axis_name: see `jax.vmap`.
 
@@ -285,7 +287,7 @@ class Plan:
         weights = jax.lax.optimization_barrier(weights)
         total = _operations.weighted_sum(clipped, (weights,), everything, self.dtype)
         if not self.nan_safe:
-            total = tree.poison(total, grads.num_non_finite > 0)
+            total = tree.poison(total, clipped.num_non_finite > 0)
         return total, self._figures(grads)
 
     def _figures(self, grads: PerExampleGradients) -> AuxiliaryOutput:
@@ -330,12 +332,14 @@ def _transformed(grads: PerExampleGradients, transform: Callable) -> PerExampleG
     leaves, treedef = jax.tree.flatten(rows)
     factors = tuple(Dense.of(leaf) for leaf in leaves)
     sizes = _stable.joint_norm([factor.size for factor in factors], grads.losses.shape[0])
-    is_finite = grads.is_finite & jnp.isfinite(sizes)
+    is_usable = grads.is_finite & jnp.isfinite(sizes)
+    padding = grads.is_padding  # finite, whatever the transform makes of a zero gradient
+    is_finite = is_usable if padding is None else is_usable | padding
     return dataclasses.replace(
         grads,
         is_finite=is_finite,
         num_non_finite=jnp.sum(~is_finite, dtype=jnp.int32),
-        factors=cleaned(factors, jnp.all(is_finite), is_finite),
+        factors=cleaned(factors, jnp.all(is_usable), is_usable),
         paths=(),
         dtypes=tuple(leaf.dtype for leaf in leaves),
         treedef=treedef,

@@ -201,6 +201,20 @@ def test_a_microbatch_size_need_not_divide_the_batch():
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_contributes_zero_or_poisons_all(poison):
     x, y = BATCH
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_transform_that_is_not_finite_poisons_all_where_that_is_asked_for(size):
+    """NaN of a gradient that is zero: of a row of zeros, and not of padding."""
+    spoil = lambda grad: grad / jnp.any(grad != 0)
+    grad = kernels.clipped_grad(
+        lambda w, x: jnp.mean(x @ w), l2_clip_norm=np.inf, pre_clipping_transform=spoil,
+        nan_safe=False, microbatch_size=size,
+    )  # fmt: skip
+    w, x = jnp.zeros(2), jnp.array([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]])
+    assert np.all(np.isnan(grad(w, x)))
+    padding = jnp.array([False, True, False])
+    assert grad(w, x, is_padding_example=padding).tolist() == [4.0, 6.0]
+
+
     bad = PARAMS, (x.at[1, 2].set(poison), y)
     keep = np.arange(NUM_ROWS) != 1
     scales = np.where(keep, np.minimum(1, CLIP / NORMS), 0)
