@@ -42,11 +42,13 @@ class BoundedSensitivityCallable:
     fun: the function; calling the object calls it.
     l2_norm_bound: what one example contributes at most, in L2 norm, after every scaling.
     has_aux: whether `fun` returns (value, aux); the bound holds for the value alone.
+    dtype: what sums are cast to in the end; None: they stay in float32 or wider.
     """
 
     fun: Callable[..., Any]
     l2_norm_bound: Any
     has_aux: bool
+    dtype: Any = None
 
     def __call__(self, *args, **kwargs):
         return self.fun(*args, **kwargs)
@@ -67,7 +69,8 @@ class BoundedSensitivityCallable:
           contributions, rounded as they are; adding them up rounds as any sum of that dtype does.
 
         Raises:
-          ValueError: a relation that is none of these.
+          ValueError: a relation that is none of these, or sums cast to less than float32: with
+            bfloat16, one row of a thousand with a clip norm of 1 moves the rounded sum by 4.
 
         >>> import jax.numpy as jnp
         >>> grad = clipped_grad(lambda w, x: jnp.mean(x * w), l2_clip_norm=3.0, normalize_by=4.0)
@@ -80,6 +83,11 @@ class BoundedSensitivityCallable:
             raise ValueError(
                 f"Expected neighboring_relation in {sorted(_SENSITIVITIES)}, "
                 f"got {neighboring_relation!r}."
+            )
+        if self.dtype is not None and jnp.dtype(self.dtype).itemsize < 4:
+            raise ValueError(
+                f"Expected sums in float32 or wider, got dtype={self.dtype}: that rounding can move "
+                "a sum by more than one example does. Leave dtype=None, add noise, then cast."
             )
         return factor * self.l2_norm_bound
 
@@ -105,15 +113,17 @@ def clipped_grad(
 ) -> BoundedSensitivityCallable:
     """sum_i g_i min(1, C / ||g_i||) as a drop-in for `jax_privacy.clipping.clipped_grad`.
 
-    Same keywords, same results up to rounding, from factored per-example gradients. Five things
+    Same keywords, same results up to rounding, from factored per-example gradients. Six things
     differ, all on the safe side:
 
     - Inside `shard_map` a device clips its own rows, whether or not the parameters are replicated.
       (JAX sums the gradient of replicated parameters over devices; clipping such a sum lets one
       example change the contributions of every device.) Add the devices up with `jax.lax.psum`.
     - The bound holds with rounding: a norm is taken with its rounding bound, the clip norm and the
-      weights are rounded down, and the bound that is stated is rounded up. With bfloat16 parameters
-      the sum is in float32 until the end.
+      weights are rounded down, and the bound that is stated is rounded up.
+    - With bfloat16 or float16 parameters the result is in float32, so that noise is added before
+      the sum is rounded to them; `optax.apply_updates` casts. (There: in the parameters' dtype,
+      whose rounding can move a sum by more than one example does.)
     - A row with a NaN or an infinity, in it or in its gradient, contributes zero as a whole
       (there: its other elements still count).
     - `values`, `grad_norms` and `aux` of such a row, and of padding, are zero.
@@ -198,7 +208,7 @@ def clipped_grad(
         return _clipped(plan, sizes, *operands, padding, units_of_rows, clip)
 
     bound = _over(1.0 if rescale_to_unit_norm else l2_clip_norm, normalize_by)
-    return BoundedSensitivityCallable(clipped, bound, any(plan.wanted))
+    return BoundedSensitivityCallable(clipped, bound, any(plan.wanted), plan.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,10 +295,18 @@ class Plan:
             upper, l2_clip_norm, limits=limits, rescale=self.rescale, divisor=self.divisor
         )
         weights = jax.lax.optimization_barrier(weights)
-        total = _operations.weighted_sum(clipped, (weights,), everything, self.dtype)
+        wide = tuple(_stable.widened(self.dtype or own, own) for own in clipped.dtypes)
+        clipped = dataclasses.replace(clipped, dtypes=wide)
+        total = _operations.weighted_sum(clipped, (weights,), everything, None)
         if not self.nan_safe:
             total = tree.poison(total, clipped.num_non_finite > 0)
         return total, self._figures(grads)
+
+    def cast(self, total: PyTree) -> PyTree:
+        """The sum over all microbatches, in the dtype that was asked for."""
+        if self.dtype is None:
+            return total
+        return jax.tree.map(lambda leaf: leaf.astype(self.dtype), total)
 
     def _figures(self, grads: PerExampleGradients) -> AuxiliaryOutput:
         values, grad_norms, aux = self.wanted
@@ -314,7 +332,8 @@ def _clipped(
         consume = functools.partial(plan.consume, operands[-1])
         options = {"spmd_axis_name": plan.spmd_axis_name}
         first = plan.call, consume, plan.microbatch_size, sizes
-        return over_microbatches(*first, *operands[:-1], **options)
+        total, figures = over_microbatches(*first, *operands[:-1], **options)
+        return plan.cast(total), figures
 
     operands = params, rows, keys, shared, padding, units_of_rows, l2_clip_norm
 
