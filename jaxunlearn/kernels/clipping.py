@@ -86,8 +86,8 @@ class BoundedSensitivityCallable:
             )
         if self.dtype is not None and jnp.dtype(self.dtype).itemsize < 4:
             raise ValueError(
-                f"Expected sums in float32 or wider, got dtype={self.dtype}: that rounding can move "
-                "a sum by more than one example does. Leave dtype=None, add noise, then cast."
+                f"Expected sums in float32 or wider, got dtype={self.dtype}: rounding can move a "
+                "sum by more than one example does. Leave dtype=None, add noise, then cast."
             )
         return factor * self.l2_norm_bound
 
@@ -159,7 +159,8 @@ def clipped_grad(
       be jitted again; a second call does not compile again, also at another clip norm. With
       `units_of_rows=`, `num_units=` and `max_rows_per_unit=`, as in `microbatched`, the sum of a
       unit's gradients is clipped, the sensitivity is that of a unit, figures are (num_units,), and
-      `aux` is None.
+      `aux` is None. Without `max_rows_per_unit=` it compiles for each power of two that bounds
+      the rows of the largest unit.
 
     Rows that `fun` couples (BatchNorm in training mode, token counts over the batch) show in no
     trace, since a row is seen alone: run `check_loss` once, eagerly.

@@ -351,8 +351,8 @@ class PerExampleGradients:
         Args:
           units_of_rows: in 0..num_units-1, or -1 for a row of no unit.
           num_units: static. A unit without rows has gradient zero.
-          max_rows_per_unit: static; None: counted, or B under `jit`. A traced unit with more rows
-            is not finite: it contributes zero and is counted.
+          max_rows_per_unit: static; None: the power of two that bounds the counts, or B in a trace.
+            A traced unit with more rows is not finite: it contributes zero and is counted.
 
         Returns:
           `losses` are sums over the unit's rows; `is_finite` and `num_non_finite` speak of units. A

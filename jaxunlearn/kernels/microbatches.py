@@ -121,7 +121,7 @@ def unit_sizes(
         raise ValueError("Expected units_of_rows= and num_units= together, or none of them.")
     if units_of_rows is None:
         return None
-    most = units.check(units_of_rows, num_rows, num_units, max_rows)
+    most = units.check(units_of_rows, num_rows, num_units, max_rows, microbatch_size)
     if microbatch_size is not None and most > microbatch_size:
         raise ValueError(
             f"Expected microbatch_size={microbatch_size} >= {most}, the rows of one unit: a "

@@ -30,8 +30,14 @@ if TYPE_CHECKING:
     from jaxunlearn.kernels.example_gradients import PerExampleGradients
 
 
-def check(units_of_rows, num_rows: int, num_units: int, max_rows: int | None) -> int:
-    """Refuse units that cannot be; how many rows a unit can have."""
+def check(
+    units_of_rows, num_rows: int, num_units: int, max_rows: int | None, at_most: int | None = None
+) -> int:
+    """Refuse units that cannot be; how many rows a unit can have, a static size.
+
+    Where they are counted it is a power of two, or `at_most`: each size is a compilation. It is
+    above `at_most` only where a unit has more rows than that.
+    """
     if jnp.shape(units_of_rows) != (num_rows,) or not jnp.issubdtype(
         jnp.result_type(units_of_rows), jnp.integer
     ):
@@ -54,7 +60,8 @@ def check(units_of_rows, num_rows: int, num_units: int, max_rows: int | None) ->
     most = 0 if num_units == 0 else int(np.bincount(known[known >= 0], minlength=1).max())
     if max_rows is not None and most > max_rows:
         raise ValueError(f"Expected at most max_rows_per_unit={max_rows} rows, got {most}.")
-    return max(1, max_rows or most)
+    power = 1 << max(0, most - 1).bit_length()
+    return max_rows or max(1, most, min(power, num_rows, at_most or num_rows))
 
 
 @functools.partial(

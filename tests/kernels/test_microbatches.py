@@ -246,6 +246,29 @@ def test_a_clipped_gradient_of_units_clips_their_sums(microbatch_size):
     assert grad.sensitivity() == 0.1
 
 
+@pytest.mark.parametrize("microbatch_size", [None, 6])
+def test_units_of_other_sizes_compile_for_powers_of_two_alone(microbatch_size):
+    """The largest unit has 3, 4, 5, 6 and 7 rows: sizes 4 and 8, or 6 where that is the most."""
+    traces = []
+
+    def counted(grad):
+        traces.append(None)
+        return grad
+
+    _, params, _ = CASES["dense"]
+    batch, options = normal(1, 12, 5), {"l2_clip_norm": 0.1, "microbatch_size": microbatch_size}
+    grad = kernels.clipped_grad(dense, pre_clipping_transform=counted, **options)
+    counts = []
+    for most in (3, 4, 5, 6) if microbatch_size else (3, 4, 5, 6, 7):
+        units = np.where(np.arange(12) < most, 0, 1 + np.arange(12) % 3)
+        got = grad(params, batch, units_of_rows=units, num_units=4)
+        counts.append(len(traces))
+        if most == 3:
+            want = kernels.per_example(dense)(params, batch).by_unit(units, num_units=4)
+            assert_alike(got, want.clipped_sum(0.1))
+    assert len(set(counts)) == 2, counts
+
+
 def test_a_traced_unit_with_too_many_rows_contributes_nothing():
     loss_fn, params, batch = CASES["dense"]
     step = kernels.microbatched(loss_fn, of_units, microbatch_size=2)
