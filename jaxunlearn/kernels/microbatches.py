@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxunlearn.kernels import units
+from jaxunlearn.kernels import _cpu, units
 from jaxunlearn.kernels._meshes import local_params, placed_as_rows
 from jaxunlearn.kernels._primitives import convolves
 from jaxunlearn.kernels.example_gradients import PerExampleGradients
@@ -26,6 +26,9 @@ from jaxunlearn.types import Batch, LossFn, Params
 
 Consume = Callable[[PerExampleGradients], tuple[PyTree, PyTree]]
 """From the gradients of some rows to (what is added up, what is stacked: leaves (rows, ...))."""
+
+_MOST_WRITTEN_OUT = 32
+"""40 microbatches of a CNN took 38 s to compile written out, and 4 s in a loop."""
 
 
 def microbatched(
@@ -58,8 +61,8 @@ def microbatched(
     Cost: that of `consume` for all rows; with units, of num_units * max_rows_per_unit rows.
     Microbatches after the last row that is not padding are skipped. A loop of XLA's runs them,
     except on CPU where the model convolves: XLA is 20 to 50 times slower with a convolution inside
-    a loop there, so the microbatches are written out one after the other, and compile time grows
-    with their number.
+    a loop there, so up to 32 microbatches are written out one after the other, and compile time
+    grows with their number. More of them run in a loop, with the convolutions laid out for it.
 
     Raises:
       ValueError: a microbatch that holds no row, or no whole unit; units as for `by_unit`.
@@ -188,7 +191,10 @@ def _in_parts(step, operands, padding, count: int, size: int, *, convolving: boo
         lambda leaf: leaf.reshape(num_parts, size, *leaf.shape[1:]),
         (*_filled_up(operands, missing, False), _filled_up(padding, missing, True)),
     )
-    added, stacked = (_written_out if convolving else _looped)(step, parts, num_parts)
+    if convolving and num_parts <= _MOST_WRITTEN_OUT:
+        added, stacked = _written_out(step, parts, num_parts)
+    else:
+        added, stacked = _looped(_cpu.in_loops(step) if convolving else step, parts, num_parts)
     joined = lambda leaf: leaf.reshape(num_parts * size, *leaf.shape[2:])[:count]
     return added, jax.tree.map(joined, stacked)
 

@@ -1,5 +1,7 @@
 """Microbatches: the same figures as all rows at once, in the memory of a few."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +131,23 @@ def test_on_cpu_no_convolution_stands_in_a_loop_and_dense_layers_do():
         inside[name] = loops(jax.make_jaxpr(step)(params, batch).jaxpr)
     assert "dot_general" in inside["dense"]
     assert "conv_general_dilated" not in inside["convolving"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all run in a loop")
+def test_many_convolving_microbatches_run_in_a_loop_with_channels_last():
+    _, params, batch = CASES["convolving"]
+    batch = jnp.concatenate([batch] * 5)
+
+    def loss_fn(params, x):
+        x, w = jnp.moveaxis(x, 3, 1), params["w"].transpose(3, 2, 0, 1)
+        return jnp.mean(jnp.tanh(jax.lax.conv(x, w, (1, 1), "SAME")) ** 2)
+
+    step = kernels.microbatched(loss_fn, figures, microbatch_size=1)
+    jaxpr = jax.make_jaxpr(step)(params, batch).jaxpr
+    assert "conv_general_dilated" in loops(jaxpr)
+    layouts = re.findall(r"lhs_spec=(.*?), rhs_spec=(.*?), out_spec=(.*?)\)\s", str(jaxpr))
+    assert {layout[0] for layout in layouts} == {"(0, 3, 1, 2)"}, layouts
+    assert_alike(step(params, batch), figures(kernels.per_example(loss_fn)(params, batch)))
 
 
 def test_memory_is_that_of_a_microbatch():
