@@ -1,14 +1,19 @@
 """Digests that are computed while the caller goes on."""
 
 import copy
+import dataclasses
+import os
+import subprocess
+import sys
 import threading
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxunlearn import certificates, tree
+from jaxunlearn import certificates, errors, tree
 from jaxunlearn.certificates import deferred, verify
 
 PROMISE = {
@@ -97,6 +102,71 @@ def test_an_error_met_on_the_way_is_raised_to_who_reads_and_spoils_no_later_cert
         with pytest.raises(ZeroDivisionError):
             read()
     assert issued()[0].params_after.startswith("sha256:")
+
+
+def test_what_arrives_and_is_no_digest_is_refused(gate):
+    gate.set()
+    certificate, *_ = issued()
+    fields = {f.name: getattr(certificate, f.name) for f in dataclasses.fields(certificate)}
+    future = Future()
+    future.set_result("garbage")
+    changed = certificates.Certificate(**(fields | {"params_after": future}))
+    for read in (lambda: changed.params_after, changed.to_json):
+        with pytest.raises(errors.CertificateError, match="params_after as sha256"):
+            read()
+
+
+FORKED = """
+import atexit, os, signal, threading
+from jaxunlearn import errors
+from jaxunlearn.certificates.deferred import Deferred, deferred
+
+class Holder:
+    value = Deferred()
+
+def held(function):
+    holder = Holder()
+    holder.value = deferred(value=function)["value"]
+    return holder
+
+def now():
+    return "sha256:" + 64 * "0"
+
+def in_child(function):
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(function())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def reads_fresh():
+    return 0 if held(now).value == now() else 1
+
+def reads_lost():
+    try:
+        pending.value
+    except errors.CertificateError:
+        return 0 if read.value == now() and reads_fresh() == 0 else 2
+    return 1
+
+read = held(now)
+read.value
+print("fresh", in_child(reads_fresh), flush=True)
+gate = threading.Event()
+pending = held(lambda: gate.wait(30) and now())
+print("pending", in_child(reads_lost), flush=True)
+gate.set()
+print("parent", pending.value == now(), flush=True)
+atexit.register(lambda: print("exit", held(now).value == now(), flush=True))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_waits_for_nothing_and_digests_are_still_computed_at_exit():
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=120
+    )
+    assert ran.stdout.split("\n")[:-1] == ["fresh 0", "pending 0", "parent True", "exit True"], ran
 
 
 def test_views_on_the_host_are_not_copies_of_what_jax_keeps_there():
