@@ -152,6 +152,9 @@ class Certificate:
             _put(self, name, value)
         _check_guarantee(self)
 
+    def __hash__(self):
+        return hash(self.forget_set_commitment)  # salted, so no two are alike
+
     def __reduce__(self):
         return Certificate.from_json, (self.to_json(),)
 

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 from jaxunlearn.errors import CertificateError
@@ -13,6 +12,30 @@ MAX_BYTES = 1_000_000
 MAX_TEXT = 10_000
 _DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class ReadOnly(Mapping[str, Any]):
+    """A mapping that cannot be changed; a deep copy of it is a dict."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, Any]):
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self):
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+    def __deepcopy__(self, memo) -> dict[str, Any]:
+        return dict(self._items)
 
 
 def text(name: str, value: Any, *, empty: bool = False) -> str:
@@ -72,7 +95,7 @@ def mapping(name: str, value: Any, item: Callable[[str, Any], Any]) -> Mapping[s
     keys = sorted(text(f"a name in {name}", key) for key in value)
     if set(keys) != set(value):
         raise CertificateError(f"Expected names on one line in {name}, got {sorted(value)!r:.80}.")
-    return MappingProxyType({key: item(f"{name}[{key}]", value[key]) for key in keys})
+    return ReadOnly({key: item(f"{name}[{key}]", value[key]) for key in keys})
 
 
 def sequence(name: str, value: Any, item: Callable[[str, Any], Any]) -> tuple:

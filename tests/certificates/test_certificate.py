@@ -204,6 +204,19 @@ def test_a_certificate_cannot_be_changed():
     assert certificate.residuals["newton"] == 1.0
 
 
+def test_a_certificate_hashes_and_becomes_a_dict():
+    certificate = certified()
+    assert {certificate, Certificate.from_json(certificate.to_json())} == {certificate}
+    fields = dataclasses.asdict(certificate)
+    assert fields["residuals"] == certificate.residuals
+    assert fields["params_after"] == certificate.params_after
+    json.dumps(fields)
+    fields["residuals"]["newton"] = 0.0
+    assert certificate.residuals["newton"] > 0
+    assert copy.deepcopy(certificate) == pickle.loads(pickle.dumps(certificate)) == certificate
+    assert pickle.loads(pickle.dumps(certificate.residuals)) == certificate.residuals
+
+
 def test_epsilon_of_a_later_release_covers_the_earlier_ones():
     first = certified(distance=0.25)
     mu = release_mu(sensitivity=0.25, noise_stddev=first.noise.stddev, dimension=1000)
