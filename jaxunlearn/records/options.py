@@ -1,8 +1,10 @@
 """Refusals of a bad configuration, at the factory."""
 
+import operator
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_integers(least: int = 1, /, **values: Any) -> None:
@@ -13,8 +15,12 @@ def check_integers(least: int = 1, /, **values: Any) -> None:
     ValueError: Expected an integer burn_in=-1 >= 0.
     """
     for name, value in values.items():
-        if isinstance(value, bool) or int(value) != value or value < least:
-            raise ValueError(f"Expected an integer {name}={value} >= {least}.")
+        try:
+            number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+        except TypeError:
+            number = None
+        if number is None or number < least:
+            raise ValueError(f"Expected an integer {name}={value!r} >= {least}.")
 
 
 def check_choices(**values: tuple[Any, tuple[str, ...]]) -> None:
