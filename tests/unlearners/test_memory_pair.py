@@ -22,7 +22,7 @@ from jaxunlearn import (
 )
 from jaxunlearn.kernels import lbfgs
 from jaxunlearn.unlearners import Event, Outcome
-from jaxunlearn.unlearners.memory_pair import _online, _stream
+from jaxunlearn.unlearners.memory_pair import _online, _promises, _stream
 from tests.unlearners import _streams as streams
 from tests.unlearners._streams import DELETE, INSERT, Made, events_of, train
 
@@ -410,6 +410,17 @@ def test_a_quote_counts_the_gradients_that_the_program_has(incoming):
         assert unlearner.quote(params, state, [1]).num_gradients == per_step
     assert counted == ({"replay": 3, "tangent": 9} if incoming == "any" else
                        {"replay": 2, "tangent": 8})  # fmt: skip
+
+
+def test_what_was_not_verified_is_not_told_as_a_check_that_failed():
+    told = {}
+    for verified in ("no", "bitwise"):
+        fields = _promises.promise("replay", {"verified": verified}, "kept", 1e-4)
+        told[verified] = fields["assumptions"][0]
+    assert "this was not verified" in told["no"].text
+    assert "tolerance" not in told["no"].text
+    assert told["bitwise"].text.endswith("given state: bitwise, tolerance 0.0001.")
+    assert [told[how].status for how in told] == ["assumed", "measured"]
 
 
 def _readings(function, *operands) -> int:

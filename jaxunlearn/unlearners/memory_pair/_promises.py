@@ -28,14 +28,16 @@ def terms(odometer, record, inner, num_requested: int) -> str:
 def promise(mode, measured, normalizer, tolerance) -> dict[str, Any]:
     """The fields of the certificate."""
     exact = mode == "replay"
-    rounded = measured.get("verified") == "within tolerance"
-    how = {"bitwise": "measured", "within tolerance": "measured"}
-    fidelity = certificates.Assumption(
-        "replay fidelity",
-        how.get(measured.get("verified", "no"), "assumed"),
-        f"Before deletion the ledger replays to the given state: {measured.get('verified', 'no')}, "
-        f"tolerance {tolerance:g}.",
+    verified = measured.get("verified", "no")
+    rounded = verified == "within tolerance"
+    compared = (
+        "measured",
+        f"Before deletion the ledger replays to the given state: {verified}, tolerance "
+        f"{tolerance:g}.",
     )
+    told = "assumed", "The ledger replays to the given state: this was not verified."
+    how = told if verified == "no" else compared
+    fidelity = certificates.Assumption("replay fidelity", *how)
     nothing_left = bool(measured.get("nothing_left"))
     case = "nothing_left" if nothing_left else mode
     followed = certificates.Assumption(
