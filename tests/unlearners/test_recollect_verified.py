@@ -87,14 +87,58 @@ def test_a_state_that_no_run_reaches_is_refused():
         unlearner.forget(params, state, [3])
 
 
-def test_one_unit_is_measured_and_several_together_are_not():
-    unlearner = make()
+def status_of_linearity(result):
+    return {a.name: a.status for a in result.info.certificate.assumptions}["linearity"]
+
+
+@pytest.mark.parametrize("options", [{}, {"joint": True}], ids=str)
+def test_one_unit_is_measured_and_several_together_or_in_turn_are_not(options):
+    unlearner = make(rough_above=1e9, **options)
     params, state = train(unlearner)
-    status = {}
-    for ids in ([3], [3, 4]):
-        certificate = unlearner.forget(params, state, ids).info.certificate
-        status[len(ids)] = {a.name: a.status for a in certificate.assumptions}["linearity"]
-    assert status == {1: "measured", 2: "assumed"}
+    one = unlearner.forget(params, state, [3], data=DATA)
+    two = unlearner.forget(params, state, [3, 4], data=DATA)
+    in_turn = unlearner.forget(one.params, one.opt_state, [4], data=DATA)
+    found = [status_of_linearity(result) for result in (one, two, in_turn)]
+    assert found == ["measured", "assumed", "assumed"]
+    if not options:
+        refreshed = unlearner.refresh(one.params, one.opt_state, data=DATA)
+        again = unlearner.forget(*refreshed, [4], data=DATA)
+        assert status_of_linearity(again) == "measured"
+
+
+def fidelity_of(certificate):
+    return next(a for a in certificate.assumptions if a.name == "replay fidelity")
+
+
+def test_training_again_without_verification_is_not_called_exact_nor_compared():
+    unlearner = make(verify="off", if_rough="replay", rough_above=1e-9)
+    params, state = train(unlearner, lambda grads: 0.1 * grads)
+    certificate = unlearner.forget(params, state, [3], data=DATA).info.certificate
+    assert certificate.guarantee == unlearner.quote(params, state, [3]).guarantee == "heuristic"
+    assert "not verified" in fidelity_of(certificate).text
+    assert "compared" not in fidelity_of(certificate).text
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_training_again_says_what_was_compared(joint):
+    unlearner = make(if_rough="replay", rough_above=1e-9, joint=joint)
+    params, state = train(unlearner)
+    first = unlearner.forget(params, state, [3], data=DATA)
+    later = unlearner.forget(first.params, first.opt_state, [4], data=DATA)
+    found = [fidelity_of(result.info.certificate) for result in (first, later)]
+    assert [a.status for a in found] == (["measured", "assumed"] if joint else ["assumed"] * 2)
+    assert ["gradients of training" in a.text for a in found] == [not joint] * 2
+    assert first.info.certificate.guarantee == "exact"
+
+
+@pytest.mark.parametrize("options", [{"joint": True}, {"if_rough": "replay"}], ids=str)
+def test_forgetting_nothing_is_quoted_at_nothing(options):
+    unlearner = make(rough_above=1e-9, **options)
+    params, state = train(unlearner)
+    quote = unlearner.quote(params, state, [])
+    assert (quote.feasible, quote.reason) == (True, "")
+    assert (quote.num_gradients, quote.num_steps, quote.memory_bytes) == (0, 0, 0)
+    assert unlearner.quote(params, state, [3]).num_gradients > 0
 
 
 def test_tangents_are_stored_as_floats_only():

@@ -120,7 +120,8 @@ def recollect(
       max_bytes: refuse to start where the record would be larger; `describe(params)` has its size.
       verify: "report" compares the gradients of training with those of the loss, step by step (with
         `joint`, the end of the replayed run with the given state, at the first deletion), and
-        refuses above `verify_tolerance` (relative L2); "off" assumes that they agree.
+        refuses above `verify_tolerance` (relative L2); "off" assumes that they agree,
+        and no certificate is exact.
 
     Returns:
       An `Unlearner` with `refresh(params, opt_state, *, data)`, which trains again from the initial
@@ -232,8 +233,18 @@ def recollect(
         )
         return certificates.concluded(
             request, (params, opt_state), (new_params, new_state), measured,
-            **promise(measured, normalizer, joint, track_leaves is not None, len(ids)),
+            **promise(
+                measured, normalizer, joint, track_leaves is not None,
+                num_left_out(new_state.record), verify,
+            ),
         )  # fmt: skip
+
+    def num_left_out(record):
+        """Units forgotten since the tangents were made; with `joint`, in the whole run."""
+        if not joint:
+            return int(np.sum(~np.asarray(record.along.slot_is_live)))
+        gone = jnp.asarray(records.forgotten_ids(record.participation))
+        return len(np.unique(table.of_examples(gone)))
 
     def decide(params, opt_state, ids, examples, data):
         """First order where it can be trusted, else what `if_rough` says."""
@@ -262,8 +273,8 @@ def recollect(
                     "(a negative second moment, say); nothing was released. "
                     f"{EPS_ROOT}"
                 )
-        new_params, new_state, details = routes.train_again(params, opt_state, examples, data)
-        return new_params, without_shadows(new_state, ids), details | measured
+        new_params, new_state, again = routes.train_again(params, opt_state, examples, data)
+        return new_params, without_shadows(new_state, ids), details | again | measured
 
     def compared_with_run(end, params, opt_state):
         """The replayed run beside the given state, which is its end until a first deletion."""
@@ -302,7 +313,11 @@ def recollect(
         ids, record = checked(params, opt_state, ids).ids, opt_state.record
         steps = int(record.participation.num_steps)
         measured, is_rough = judge(record.along.shadows.linearity, rough_above)
-        again = is_rough and if_rough == "replay"
+        again, guarantee = is_rough and if_rough == "replay", "heuristic"
+        if again and verify != "off":
+            guarantee = "exact"
+        if not ids.size:
+            return Quote(feasible=True, reason="", guarantee=guarantee, retrain_gradients=steps)
         each = 4 * (1 + num_probes) if joint else int(again)
         copies = 3 + 2 * num_probes if joint else 1 + int(again)
         refused = is_rough and if_rough == "refuse"
@@ -310,7 +325,7 @@ def recollect(
             num_forgotten=len(ids),
             feasible=not refused,
             reason=f"the run is not linear enough: {measured}" if is_rough and not again else "",
-            guarantee="exact" if again else "heuristic",
+            guarantee=guarantee,
             num_steps=steps if each else 0,
             num_gradients=each * steps,
             retrain_gradients=steps,
