@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxunlearn import errors, kernels, records, unlearners
-from jaxunlearn.unlearners.deltagrad._corrected import reads_loss
+from jaxunlearn.unlearners.deltagrad._corrected import SETTLE, reads_loss, settle_steps
 from tests import oracles
 
 NUM_ROWS, BATCH, STEPS, L2 = 40, 8, 25, 0.1
@@ -313,6 +313,14 @@ def test_an_optimizer_with_a_memory_settles_by_default(x64):
     assert gradients["sgd", None] == gradients["sgd", 0] < gradients["sgd", 10]
 
 
+def test_injected_hyperparameters_are_no_memory():
+    steps = lambda tx: settle_steps(None, tx.init(problem_params()))
+    injected = optax.inject_hyperparams(optax.sgd)
+    assert steps(injected(0.1)) == 0
+    assert steps(injected(0.1, momentum=0.9)) == SETTLE
+    assert steps(optax.chain(injected(0.1), optax.trace(0.9))) == SETTLE
+
+
 @pytest.mark.slow
 def test_settling_brings_the_state_nearer_and_the_certificate_says_how_long_it_did(x64):
     tx, found = TRANSFORMS["momentum"](), {}
@@ -368,6 +376,32 @@ def test_the_mismatch_of_foretold_gradients_is_measured_and_certified(x64):
     assert certificate.target == "counterfactual"
     assert certificate.epsilon is None
     assert any("reads the forgotten rows" in line for line in certificate.not_covered)
+    assert "the others a foretold one" in certificate.why_no_epsilon
+
+
+@pytest.mark.parametrize("options", [{"period": 1}, {"burn_in": STEPS}], ids=str)
+def test_where_no_gradient_was_foretold_the_certificate_speaks_of_none(x64, options):
+    unlearner = make(TRANSFORMS["sgd"](), **options)
+    params, state = train(unlearner)
+    assert unlearner.quote(params, state, []).num_gradients == 0
+    assert unlearner.quote(params, state, []).memory_bytes == 0
+    spy = Spy()
+    certificate = unlearner.forget(params, state, [4], data=spy).info.certificate
+    says_so = any("reads the forgotten rows" in line for line in certificate.not_covered)
+    assert says_so == (4 in spy.ids) == ("burn_in" in options)
+    assert "foretold" not in str((certificate.why_no_epsilon, certificate.not_covered))
+
+
+def test_exact_steps_after_foretold_ones_of_an_earlier_deletion_are_told_from_a_clean_run(x64):
+    """Row 39 is first used in step 20, to which the earlier deletion of row 4 foretold its way."""
+    unlearner = make(TRANSFORMS["sgd"](), period=4, burn_in=6, if_nonconvex="ignore")
+    params, state = train(unlearner)
+    first = unlearner.forget(params, state, [4], data=problem()[0])
+    later = unlearner.forget(first.params, first.opt_state, [SEEN_LATE], data=problem()[0])
+    measured, certificate = later.info.measurements, later.info.certificate
+    assert measured["exact_steps"] == measured["num_steps"]
+    assert "earlier ones a foretold one" in certificate.why_no_epsilon
+    assert any("foretold gradients" in line for line in certificate.not_covered)
 
 
 # --- where B cannot be trusted -----------------------------------------------------------------
@@ -447,7 +481,7 @@ def test_a_run_that_its_gradients_do_not_explain_is_refused(x64, what):
     [
         {"period": 0}, {"burn_in": -1}, {"memory_size": 0}, {"normalizer": "mean"}, {"l2": -1.0},
         {"if_nonconvex": "pray"}, {"verify": "bitwise"}, {"storage_dtype": jnp.int8},
-        {"period": True},
+        {"period": True}, {"settle": 0.0}, {"memory_size": 2.0},
     ],
     ids=str,
 )  # fmt: skip

@@ -104,9 +104,9 @@ def deltagrad(
       batch_size, max_steps: the most rows of a step and steps of a run; both are allocated.
       period: every period-th step is exact, >= 1; with 1 all are: exact retraining.
       burn_in: exact steps from the first step that used a forgotten row on, >= 0.
-      settle: exact steps at the end, >= 0; None: 10 where the optimizer's state has floats, made of
-        the last gradients (of momentum's, 0.83 of the do-nothing distance were left, 0.23 with 10;
-        of Adam's 0.65 and 0.41).
+      settle: exact steps at the end, >= 0; None: 10 where the optimizer's state has floats beside
+        injected hyperparameters, made of the last gradients (of momentum's, 0.83 of the do-nothing
+        distance were left, 0.23 with 10; of Adam's 0.65 and 0.41).
       memory_size: pairs, >= 1.
       normalizer: "kept" divides by the rows left, as retraining on the smaller data set (the
         paper's) does: hence a default that is not `replay`'s; "batch" by the rows scheduled. Give
@@ -152,7 +152,7 @@ def deltagrad(
         if_nonconvex=(if_nonconvex, ("exact", "ignore")),
     )
     records.check_integers(period=period, memory_size=memory_size)
-    records.check_integers(0, burn_in=burn_in, settle=settle or 0)
+    records.check_integers(0, burn_in=burn_in, settle=0 if settle is None else settle)
     records.check_storage(storage_dtype)
     all_exact = period == 1
     penalty = records.Penalty(l2, l2_mask)
@@ -266,7 +266,7 @@ def deltagrad(
         )
         result = certificates.concluded(
             request, (params, opt_state), (new_params, UnlearnerState(inner, new_record)), figures,
-            **_promise(figures, normalizer),
+            **_promise(figures, normalizer, run.foretold_steps, reads_gone=not all_exact),
         )  # fmt: skip
         seconds_per_step[:] = [result.info.seconds / max(1, len(due))]
         return result
@@ -283,22 +283,39 @@ def deltagrad(
             reason="more gradients where a foretold one is not trusted",
             guarantee="heuristic",
             num_steps=len(due),
-            num_gradients=int(due.sum()) + 2 * (verify == "report"),
+            num_gradients=int(due.sum()) + (2 * (verify == "report") if ids.size else 0),
             retrain_gradients=int(record.participation.num_steps),
-            memory_bytes=copied + 2 * state_bytes,
+            memory_bytes=copied + 2 * state_bytes if ids.size else 0,
             seconds=len(due) * seconds_per_step[0] if seconds_per_step else None,
         )
 
     return Unlearner(init, update, forget, quote, forget_step)
 
 
-def _promise(figures, normalizer) -> dict[str, Any]:
-    """The fields of the certificate: aimed at the oracle's state, and nothing proven."""
+def _promise(figures, normalizer, foretold_steps, *, reads_gone: bool) -> dict[str, Any]:
+    """The fields of the certificate: aimed at the oracle's state, and nothing proven.
+
+    foretold_steps: of the whole run, by this deletion or an earlier one.
+    reads_gone: whether the rows that go were read.
+    """
     fidelity = {
         "no": ("assumed", "The cached run is that of tx, loss_fn and data; this was not verified."),
         "within tolerance": ("measured", "Cached gradients led to the state, as replay_distance."),
     }[figures["verified"]]
     exact, total = figures["exact_steps"], figures["num_steps"]
+    taken = f"{exact} of {total} steps took the evaluated gradient"
+    why = f"{taken}: the oracle's run up to rounding, which nothing bounds"
+    left: tuple[str, ...] = ()
+    if np.any(foretold_steps):
+        others = "the others a foretold one" if exact < total else "earlier ones a foretold one"
+        why = f"{taken}, {others}: its error is measured at some steps and bounded at none"
+        settled = (
+            "; the optimizer's state, of those before the last "
+            f"{figures['settled_steps']} steps, which were exact"
+        )
+        left = (f"What foretold gradients still carry of the forgotten rows{settled}.",)
+    if reads_gone:
+        left += ("The deletion itself: it reads the forgotten rows to subtract their gradients.",)
     names = ("gradient_mismatch", "correction_mismatch", "replay_distance")
     return {
         "method": "deltagrad",
@@ -306,10 +323,7 @@ def _promise(figures, normalizer) -> dict[str, Any]:
         "target": "counterfactual",
         "guarantee": "heuristic",
         "scope": "full-state",
-        "why_no_epsilon": (
-            f"{exact} of {total} steps took the evaluated gradient, the others a foretold one: its "
-            "error is measured at some steps and bounded at none"
-        ),
+        "why_no_epsilon": why,
         "residuals": {name: figures[name] for name in names if name in figures},
         "assumptions": (
             certificates.Assumption("replay fidelity", *fidelity),
@@ -317,9 +331,7 @@ def _promise(figures, normalizer) -> dict[str, Any]:
             *certificates.assumed(*certificates.RECORDED),
         ),
         "not_covered": (
-            "What foretold gradients still carry of the forgotten rows; the optimizer's state, of "
-            f"those before the last {figures['settled_steps']} steps, which were exact.",
-            "The deletion itself: it reads the forgotten rows to subtract their gradients.",
+            *left,
             *certificates.excluded("earlier models", "preparation", "copies", "other rows"),
         ),
     }

@@ -17,6 +17,7 @@ from jaxunlearn.records import (
     Penalty,
     RowReader,
     bucket,
+    get_settings,
     rewrite_slot,
     set_settings,
     wrapped_update,
@@ -105,9 +106,13 @@ class StepsMet(NamedTuple):
 
 
 def settle_steps(settle: int | None, inner: PyTree) -> int:
-    """Exact steps at the end; where none are asked for, `SETTLE` if the optimizer has a memory."""
+    """Exact steps at the end; where none are asked for, `SETTLE` if the optimizer has a memory.
+
+    Injected hyperparameters are no memory: each step has its own from the log.
+    """
     if settle is not None:
         return settle
+    inner = set_settings(inner, {path: {} for path in get_settings(inner)})
     return SETTLE if any(map(tree.is_inexact, jax.tree.leaves(inner))) else 0
 
 
