@@ -63,6 +63,22 @@ def test_a_run_whose_gradients_were_changed_before_update_is_refused(options):
         unlearner.refresh(params, state, data=DATA)
 
 
+def test_a_small_late_step_with_another_gradient_is_refused():
+    """Its share of all gradients is below the tolerance; that of its own step is not."""
+
+    def stopped(grads):
+        return jnp.where(jnp.linalg.norm(grads) < 0.1, 0.0, grads)
+
+    unlearner = make(optax.sgd(0.5), verify_tolerance=0.02, num_probes=0)
+    params, state = train(unlearner, stopped)
+    assert 0 < state.record.along.gradient_gap < 0.02
+    with pytest.raises(errors.VerificationError, match="worst step"):
+        unlearner.forget(params, state, [3])
+    params, state = train(unlearner)
+    assert unlearner.forget(params, state, [3]).info.num_forgotten == 1
+    assert state.record.along.step_gap < 1e-4
+
+
 def test_the_same_run_is_served_where_verification_is_off():
     unlearner = make(verify="off", rough_above=1e9)
     params, state = train(unlearner, clipped)

@@ -120,8 +120,8 @@ def recollect(
       max_bytes: refuse to start where the record would be larger; `describe(params)` has its size.
       verify: "report" compares the gradients of training with those of the loss, step by step (with
         `joint`, the end of the replayed run with the given state, at the first deletion), and
-        refuses above `verify_tolerance` (relative L2); "off" assumes that they agree,
-        and no certificate is exact.
+        refuses above `verify_tolerance` (relative L2 over the run; its square root in one step);
+        "off" assumes that they agree, and no certificate is exact.
 
     Returns:
       An `Unlearner` with `refresh(params, opt_state, *, data)`, which trains again from the initial
@@ -222,7 +222,7 @@ def recollect(
             return Forgotten(params, opt_state, ForgetInfo.of("recollect", request))
         examples = table.examples(ids)
         if verify != "off":
-            check_gradients(record.along.gradient_gap, verify_tolerance)
+            check_gradients(record.along, verify_tolerance)
         if data is not None or joint:  # a few retained rows are read wherever there is data
             few = np.setdiff1d(records.seen_ids(record.participation), examples)[:8]
             recorder.open(data, few, params)(few)
@@ -303,7 +303,7 @@ def recollect(
         records.check_state(opt_state, RecollectRecord, "recollect")
         records.check_status(opt_state.record.participation)
         if verify != "off":
-            check_gradients(opt_state.record.along.gradient_gap, verify_tolerance)
+            check_gradients(opt_state.record.along, verify_tolerance)
         again = routes.refresh(params, opt_state, data)
         compared_with_run((again[0], again[1].inner), params, opt_state)
         return again

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxunlearn import errors, records
-from jaxunlearn.unlearners.recollect._lockstep import NOT_MEASURED
+from jaxunlearn.unlearners.recollect._lockstep import NOT_MEASURED, Along
 
 POLICIES = ("warn", "refuse", "replay")
 EPS_ROOT = (
@@ -26,16 +26,21 @@ def check_options(num_probes, if_rough, rough_above, storage_dtype, verify, veri
             raise ValueError(f"Expected {name}={value} > 0.")
 
 
-def check_gradients(gap: float, tolerance: float) -> None:
+def check_gradients(along: Along, tolerance: float) -> None:
     """Refuse a run that was not trained with the gradients of its loss.
+
+    The gap of the whole run must be within the tolerance, and that of each step within its square
+    root: what is wrong in a few small steps does not show in the sum.
 
     Raises:
       VerificationError: tangents, shadows and replays are of another run.
     """
-    if not gap <= tolerance:
+    gap, step_gap, step_tolerance = along.gradient_gap, along.step_gap, math.sqrt(tolerance)
+    if not (gap <= tolerance and step_gap <= step_tolerance):
         raise errors.VerificationError(
             "Expected a run trained with the gradients of loss_fn, got incoming updates at a "
-            f"relative distance of {gap:.3g} (tolerance {tolerance:.3g}). Clipping and the like "
+            f"relative distance of {gap:.3g} (tolerance {tolerance:.3g}), of {step_gap:.3g} in the "
+            f"worst step (tolerance {step_tolerance:.3g}). Clipping and the like "
             "belong inside the wrapped optimizer: recollect(optax.chain(clip, adam), ...)."
         )
 

@@ -27,6 +27,7 @@ from jaxunlearn.types import Batch, LossFn, Params
 
 NOT_MEASURED = -1.0
 NOT_DRAWN, ENDED = -1, -2
+_FLOOR = 0.03  # of the largest gradient so far: below it, a step's is rounding of larger terms
 
 
 class Shadows(NamedTuple):
@@ -49,18 +50,25 @@ class Along(NamedTuple):
 
     gradient_squares: over all steps, the sums of ||incoming gradient - that of the loss||^2 and of
       ||that of the loss||^2.
+    step_squares: the largest ||that of the loss||^2 so far, and the largest ratio of a single step.
     """
 
     tangents: kernels.Tangents
     slot_is_live: Bool[Array, " slots"]
     shadows: Shadows
     gradient_squares: Float[Array, "2"]
+    step_squares: Float[Array, "2"]
 
     @property
     def gradient_gap(self) -> float:
         """Root of the ratio of the two sums, on the host: how far training left the loss."""
         gap, size = map(float, jax.device_get(self.gradient_squares))
         return math.sqrt(gap / size) if gap and size else math.inf * gap if gap else 0.0
+
+    @property
+    def step_gap(self) -> float:
+        """The same of the single step where it was largest."""
+        return math.sqrt(float(self.step_squares[1]))
 
 
 class TracedStep(NamedTuple):
@@ -90,6 +98,7 @@ def init_along(tangents: kernels.Tangents, params, inner, *, num_shadows: int) -
             linearity=jnp.full((2,), NOT_MEASURED, jnp.float32),
         ),
         gradient_squares=jnp.zeros((2,), jnp.float32),
+        step_squares=jnp.zeros((2,), jnp.float32),
     )
 
 
@@ -189,8 +198,15 @@ class Lockstep:
         """Along, with the incoming gradient compared to that of the loss; one more gradient."""
         own, _, _ = self.gradient(params, step)
         gap = jax.tree.map(lambda g, o: g.astype(o.dtype) - o, grads, own)
-        squares = jnp.stack([tree.vdot(gap, gap), tree.vdot(own, own)])
-        return along._replace(gradient_squares=along.gradient_squares + squares.astype(jnp.float32))
+        squares = jnp.stack([tree.vdot(gap, gap), tree.vdot(own, own)]).astype(jnp.float32)
+        largest = jnp.maximum(along.step_squares[0], squares[1])
+        size = jnp.maximum(squares[1], _FLOOR**2 * largest)
+        ratio = jnp.where(size > 0, squares[0] / jnp.where(size > 0, size, 1.0), 0.0)
+        ratio = jnp.maximum(along.step_squares[1], ratio)
+        return along._replace(
+            gradient_squares=along.gradient_squares + squares,
+            step_squares=jnp.stack([largest, ratio]),
+        )
 
     def goes_on(self, params, inner) -> Bool[Array, ""]:
         """Whether a step with no gradient from this state is finite: a negative second moment, say,

@@ -79,7 +79,10 @@ class Setting:
             "tangents": along.tangents,
             "probes": along.shadows,
             "initial_state": record.checkpoints,
-            "log": (record.log, record.participation, along.slot_is_live, along.gradient_squares),
+            "log": (
+                *(record.log, record.participation, along.slot_is_live),
+                *(along.gradient_squares, along.step_squares),
+            ),
         }
         sizes = {name: tree.num_bytes(part) for name, part in parts.items()}
         return sizes | {"total": sum(sizes.values())}
