@@ -22,6 +22,7 @@ from jaxunlearn.unlearners.memory_pair import (
     memory_pair,
 )
 from jaxunlearn.unlearners.newton import NewtonRecord, newton
+from jaxunlearn.unlearners.noisy_sgd import NoisySGDRecord, noisy_sgd
 from jaxunlearn.unlearners.recollect import Recollector, RecollectRecord, recollect
 from jaxunlearn.unlearners.replay import ReplayRecord, replay
 from jaxunlearn.unlearners.sisa import SisaRecord, sisa
@@ -46,6 +47,7 @@ __all__ = [
     "JackknifeRecord",
     "MemoryPairRecord",
     "NewtonRecord",
+    "NoisySGDRecord",
     "Outcome",
     "QuantisedKMeansRecord",
     "RecollectRecord",
@@ -68,6 +70,7 @@ __all__ = [
     "memory_pair",
     "multinomial_naive_bayes",
     "newton",
+    "noisy_sgd",
     "quantised_kmeans",
     "recollect",
     "replay",

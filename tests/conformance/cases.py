@@ -176,6 +176,21 @@ def certified_removal(tx, loss_fn, *, entropy=None, **options) -> Unlearner:
     return unlearner._replace(init=init)
 
 
+def noisy_sgd(tx, loss_fn, **options) -> Unlearner:
+    """`unlearners.noisy_sgd` where the suite hands every method an optimizer."""
+    del tx
+    return unlearners.noisy_sgd(loss_fn, **options)
+
+
+def steps_to_come(run: "Trained", forget) -> tuple:
+    """The trained state, and as many more steps over its batches as forgetting [3, 5] takes."""
+    num_steps = run.forgotten.info.measurements["num_steps"]
+    ids = np.stack([ids_of_step(t % STEPS) for t in range(num_steps)])
+    ids = np.where(np.isin(ids, forget), -1, ids)
+    rows, _ = run.problem.batch(ids)
+    return run.params, run.state, rows, ids, (ids >= 0).astype(np.float32)
+
+
 REPLAY = {"batch_size": BATCH, "max_steps": STEPS + 3, "num_checkpoints": 3}
 KEPT = {"normalizer": "kept"}
 DELTAGRAD = REPLAY | {"period": 2, "burn_in": 2, "settle": 0}
@@ -195,6 +210,16 @@ NEWTON = {
 STORED = NEWTON | {
     "noise_stddev": 1e3,
     "constants": accounting.LossConstants(lipschitz=50.0, hessian_lipschitz=0.0, smoothness=50.0),
+}
+NOISY_SGD = {
+    "batch_size": BATCH,
+    "max_steps": 100,
+    "l2": 15.0,
+    "smoothness": 15.0,
+    "gradient_clip": 1e3,
+    "noise_stddev": 1e-6,
+    "key": jax.random.key(3),
+    "budget": Budget(epsilon=10.0, delta=1e-5, max_forget=8),
 }
 REBUILD = {"rebuild": records.Rebuild(key=jax.random.key(11), batch_size=BATCH, num_batches=3)}
 _replay = functools.partial(
@@ -281,6 +306,19 @@ CASES = [
         STORED | {"l1": 0.05, "polish_steps": 5},
         crossed=False,
         is_slow=True,
+    ),
+    Case(
+        "noisy_sgd",
+        noisy_sgd,
+        NOISY_SGD,
+        steps_to_come,
+        noisy=True,
+        has_max_steps=True,
+        crossed=False,
+        differentiates=None,
+        own_tx=lambda loss_fn: optax.chain(
+            optax.scale(-1.0), transforms.gaussian_noise(1.0, key=jax.random.key(3))
+        ),
     ),
     _fixed_path("fixed_path", options=REPLAY),
     _fixed_path("fixed_path-kept", options=REPLAY | KEPT, crossed=False, is_slow=True),
