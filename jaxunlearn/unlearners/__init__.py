@@ -1,5 +1,10 @@
 """One file or package per published method, each an `Unlearner` or an `ExactLearner`."""
 
+from jaxunlearn.unlearners.certified_finetuning import (
+    FinetuningRecord,
+    Tuning,
+    certified_finetuning,
+)
 from jaxunlearn.unlearners.certified_removal import CertifiedRemovalRecord, certified_removal
 from jaxunlearn.unlearners.deltagrad import DeltaGradRecord, deltagrad, trajectory_bytes
 from jaxunlearn.unlearners.fixed_path import FixedPathRecord, fixed_path
@@ -43,6 +48,7 @@ __all__ = [
     "DividedKMeansRecord",
     "Event",
     "EventKind",
+    "FinetuningRecord",
     "FixedPathRecord",
     "JackknifeRecord",
     "MemoryPairRecord",
@@ -61,6 +67,8 @@ __all__ = [
     "StreamState",
     "StreamUnlearner",
     "Summation",
+    "Tuning",
+    "certified_finetuning",
     "certified_removal",
     "deltagrad",
     "divided_kmeans",

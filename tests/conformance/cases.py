@@ -221,6 +221,13 @@ NOISY_SGD = {
     "key": jax.random.key(3),
     "budget": Budget(epsilon=10.0, delta=1e-5, max_forget=8),
 }
+FINETUNING = {
+    "batch_size": BATCH,
+    "tuning": unlearners.Tuning(learning_rate=0.1, start_radius=1e-3, gradient_clip=1e-6),
+    "num_steps": 5,
+    "key": jax.random.key(4),
+    "budget": Budget(epsilon=1e6, delta=1e-5, max_forget=8),
+}
 REBUILD = {"rebuild": records.Rebuild(key=jax.random.key(11), batch_size=BATCH, num_batches=3)}
 _replay = functools.partial(
     Case, factory=unlearners.replay, operands=run_as_segment, exact=True, has_max_steps=True
@@ -319,6 +326,22 @@ CASES = [
         own_tx=lambda loss_fn: optax.chain(
             optax.scale(-1.0), transforms.gaussian_noise(1.0, key=jax.random.key(3))
         ),
+    ),
+    Case(
+        "certified_finetuning",
+        unlearners.certified_finetuning,
+        FINETUNING,
+        steps_to_come,
+        noisy=True,
+    ),
+    Case(
+        "certified_finetuning-rebuild",
+        unlearners.certified_finetuning,
+        FINETUNING | REBUILD,
+        steps_to_come,
+        noisy=True,
+        crossed=False,
+        is_slow=True,
     ),
     _fixed_path("fixed_path", options=REPLAY),
     _fixed_path("fixed_path-kept", options=REPLAY | KEPT, crossed=False, is_slow=True),
