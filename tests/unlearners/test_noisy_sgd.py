@@ -251,9 +251,8 @@ def test_a_projection_bounds_the_distance_and_holds_in_training_and_after():
 
 
 def test_all_rows_may_go():
-    unlearner, data, params, state = trained(
-        budget=Budget(epsilon=1.0, delta=1e-5, max_forget=N), noise_stddev=0.04
-    )
+    _, data, params, state = trained()
+    unlearner = made(budget=Budget(epsilon=1.0, delta=1e-5, max_forget=N))
     assert np.all(np.isfinite(unlearner.forget(params, state, range(N), data=data).params))
 
 
@@ -297,7 +296,8 @@ def test_a_loss_that_contradicts_its_constants_is_refused(loss_fn, error, match)
 
 
 def test_more_steps_than_are_left_and_more_ids_than_were_declared_call_for_retraining():
-    unlearner, data, params, state = trained(max_steps=12)
+    _, data, params, state = trained()
+    unlearner = made(max_steps=12)
     with pytest.raises(errors.BudgetExhaustedError, match="at most 3 more steps"):
         unlearner.forget(params, state, [1], data=data)
     assert "Retrain" in unlearner.quote(params, state, [1]).reason
