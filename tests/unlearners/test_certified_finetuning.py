@@ -202,6 +202,20 @@ def test_more_ids_than_were_declared_call_for_retraining():
     assert not unlearner.quote(params, state, range(5)).feasible
 
 
+def test_nobody_left_to_fine_tune_on_is_refused_and_no_quote_says_otherwise():
+    budget = Budget(epsilon=1.0, delta=1e-5, max_forget=N - 1)
+    unlearner, data, params, _ = trained(budget=budget)
+    zero = jnp.zeros_like(params)
+    _, state = unlearner.update(
+        zero, unlearner.init(params), params, ids=np.arange(2, dtype=np.int32)
+    )
+    with pytest.raises(errors.RetainSetEmptyError, match="retained row"):
+        unlearner.forget(params, state, [0, 1], data=data)
+    quote = unlearner.quote(params, state, [0, 1])
+    assert not quote.feasible
+    assert "retained row" in quote.reason
+
+
 @pytest.mark.parametrize(
     "options",
     [

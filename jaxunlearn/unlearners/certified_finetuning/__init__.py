@@ -183,6 +183,14 @@ def certified_finetuning(
             accounting.check_request(budget, total, 0)
         return Request(ids, num_duplicates, begun, requester)
 
+    def left_without(ids, participation):
+        retained = np.setdiff1d(records.seen_ids(participation), ids)
+        if not retained.size:
+            raise errors.RetainSetEmptyError(
+                "Expected a retained row to fine-tune on. Start afresh."
+            )
+        return retained
+
     def opened(data, retained, params):
         reader = records.RowReader(data)
         reader.prepare(retained)
@@ -212,11 +220,7 @@ def certified_finetuning(
         if not request.ids.size:
             return Forgotten(params, opt_state, ForgetInfo.of("certified_finetuning", request))
         participation = opt_state.record.participation
-        retained = np.setdiff1d(records.seen_ids(participation), request.ids)
-        if not retained.size:
-            raise errors.RetainSetEmptyError(
-                "Expected a retained row to fine-tune on. Start afresh."
-            )
+        retained = left_without(request.ids, participation)
         reader = opened(data, retained, params)
         begun = time.perf_counter()
         release = run(params, reader, retained)
@@ -245,6 +249,11 @@ def certified_finetuning(
     def quote(params, opt_state, ids):
         ids = checked(params, opt_state, ids).ids
         steps = num_steps if ids.size else 0
+        if ids.size:
+            try:
+                left_without(ids, opt_state.record.participation)
+            except errors.RetainSetEmptyError as error:
+                return Quote(**terms, feasible=False, reason=str(error))
         return Quote(
             **terms, num_forgotten=len(ids), feasible=True, reason="", num_steps=steps,
             num_gradients=steps + (rebuild.num_batches if rebuild and steps else 0),
