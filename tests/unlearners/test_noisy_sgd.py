@@ -274,6 +274,99 @@ def test_forget_step_poisons_parameters_that_are_not_finite():
 # --- refusals ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_clip": 1e-6}, {"l2": 5.0}, {"learning_rate": 0.1}, {"radius": 1e-9},
+        {"noise_stddev": 5.0},
+    ],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_a_run_of_another_factory_is_refused(options):
+    """The distance would be reckoned with the clip, the contraction or the ball of no step."""
+    unlearner, data, params, state = trained()
+    other = made(**options)
+    with pytest.raises(errors.TrainingRecordError, match="of this unlearner"):
+        other.forget(params, state, [1], data=data)
+    with pytest.raises(errors.TrainingRecordError, match="of this unlearner"):
+        other.forget(params, state, [], data=data)
+    assert not other.quote(params, state, [1]).feasible
+    zero = jnp.zeros_like(params)
+    _, mixed = other.update(zero, state, params, ids=np.arange(B, dtype=np.int32))
+    _, mixed = unlearner.update(zero, mixed, params, ids=np.arange(B, dtype=np.int32))
+    for one in (unlearner, other):
+        with pytest.raises(errors.TrainingRecordError, match="of this unlearner"):
+            one.forget(params, mixed, [1], data=data)
+
+
+def test_steps_of_another_factory_s_forget_step_are_refused():
+    unlearner, data, params, state = trained()
+    batch = {name: leaf[:B][None] for name, leaf in data.items()}
+    ids, weights = np.arange(B, dtype=np.int32)[None], np.ones((1, B), np.float32)
+    new_params, mixed, _ = made(l2=5.0).forget_step(params, state, batch, ids, weights)
+    with pytest.raises(errors.TrainingRecordError, match="of this unlearner"):
+        unlearner.forget(new_params, mixed, [1], data=data)
+    new_params, same, _ = unlearner.forget_step(params, state, batch, ids, weights)
+    assert unlearner.forget(new_params, same, [1], data=data).info.certificate is not None
+
+
+def softmax_error(w, batch):
+    """Three outputs; rows of length one: curvature at most a half."""
+    labels = jnp.asarray(batch["y"] > 0, jnp.int32)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(batch["x"] @ w, labels).mean()
+
+
+@pytest.mark.parametrize("clip", [0.05, 2.0])
+def test_clipping_that_is_active_on_several_outputs_is_refused_since_it_does_not_contract(clip):
+    data, params = rows(), jnp.asarray(np.random.default_rng(3).normal(size=(D, 3)), jnp.float32)
+    unlearner = made(softmax_error, smoothness=0.5, gradient_clip=clip, l2=0.01, max_steps=2000)
+    state = unlearner.init(params)
+    zero, ids = jnp.zeros_like(params), np.arange(B, dtype=np.int32)
+    _, state = unlearner.update(zero, state, params, ids=ids)
+    if clip > 1:  # above every gradient
+        result = unlearner.forget(params, state, [1], data=data)
+        assert result.info.certificate.guarantee == "certified"
+        return
+    row = lambda i: {name: leaf[i : i + 1].astype(np.float64) for name, leaf in data.items()}
+
+    def slope(w):  # what a step subtracts for one row of unit weight, without L2
+        g = jax.grad(softmax_error)(w, row(2))
+        return g * clip / jnp.linalg.norm(g)
+
+    with jax.enable_x64(True):
+        wide = jnp.asarray(np.asarray(params), jnp.float64)
+        jacobian = np.asarray(jax.jacfwd(slope)(wide)).reshape(9, 9)
+    step = np.eye(9) - (1 / 0.51) * (jacobian + 0.01 * np.eye(9))
+    assert np.linalg.norm(step, 2) > 1 - 0.01 / 0.51 + 1e-6  # no contraction by c
+    with pytest.raises(errors.SolverError, match="not symmetric"):
+        unlearner.forget(params, state, [1], data=data)
+
+
+def test_clipping_that_is_active_on_one_output_is_symmetric():
+    unlearner, data, params, state = trained(gradient_clip=1e-3, scale=1e-3)
+    result = unlearner.forget(params, state, [1], data=data)
+    assert result.info.certificate.guarantee == "certified"
+
+
+def test_every_request_has_its_loss_looked_at():
+    """Also where a request before it had a first batch without a row, or other parameters."""
+    _, data, params, state = trained()
+    bent = lambda w, b: squared_error(w, b) + 4 * jnp.mean(jnp.maximum(jnp.sum(w) - 1.0, 0.0)) ** 2
+    unlearner = made(bent)
+    unlearner.forget(params, state, [1], data=data)
+    with pytest.raises(ValueError, match="curvature of at most smoothness"):
+        unlearner.forget(params + 9.0, state, [1], data=data)
+    first_gone = made(lambda w, b: -squared_error(w, b))
+    with pytest.raises(errors.SolverError, match="convex loss"):
+        first_gone.forget(params, state, range(B), data=data)
+
+
+def test_parameters_outside_the_ball_are_refused():
+    unlearner, data, params, state = trained(radius=0.05)
+    with pytest.raises(errors.WrongStateError, match="inside the ball"):
+        unlearner.forget(params * (0.06 / jnp.linalg.norm(params)), state, [1], data=data)
+
+
 def test_a_run_without_clipping_is_refused():
     unlearner, data, params, state = trained(scale=100.0)
     with pytest.raises(errors.TrainingRecordError, match="clipped to gradient_clip"):
@@ -309,6 +402,7 @@ def test_more_steps_than_are_left_and_more_ids_than_were_declared_call_for_retra
     "options",
     [
         {"l2": 0.0},
+        {"l2": 1e-18},
         {"smoothness": -1.0},
         {"gradient_clip": 0.0},
         {"noise_stddev": 0.0},

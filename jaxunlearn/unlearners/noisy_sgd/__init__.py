@@ -53,13 +53,18 @@ from jaxunlearn.types import (
 from jaxunlearn.unlearners.noisy_sgd._plans import (
     NoisySGDRecord,
     after,
+    digest_of,
     logged,
     make_plan,
+    same_settings,
     sources,
 )
 from jaxunlearn.unlearners.noisy_sgd._promises import (
+    asymmetry_of,
     check_clip,
     check_curvature,
+    check_run,
+    check_symmetry,
     curvature_of,
     promise,
 )
@@ -97,7 +102,9 @@ def noisy_sgd(
     last `cycle` batches, without what is forgotten, until (2) certifies `budget`.
 
     Args:
-      loss_fn: convex in the parameters; the mean of per-example losses, without L2; no key.
+      loss_fn: convex in the parameters; the mean of per-example losses, without L2; no key. With
+        several outputs (softmax) its clipped gradients are no gradients, and no step contracts:
+        `gradient_clip` has to be above every gradient then.
       num_examples: ids are dense in 0..num_examples-1.
       batch_size: the most rows a step may have.
       max_steps: the most steps a run may have, those of unlearning included.
@@ -128,9 +135,10 @@ def noisy_sgd(
       The stated mu is not below that of the two laws after the steps.
 
     Raises (forget):
-      IdError, WrongStateError, MissingDataError, TrainingRecordError (an update above the clip),
-      CoupledLossError, SolverError (the loss is not convex), ValueError (it is less smooth than
-      was said), BudgetExhaustedError (max_forget, or max_steps: retrain); inputs are untouched.
+      IdError, WrongStateError (parameters outside the ball, too), MissingDataError,
+      TrainingRecordError (an update above the clip, a step with other settings), CoupledLossError,
+      SolverError (the loss, or the clipped loss, is not convex), ValueError (it is less smooth
+      than was said), BudgetExhaustedError (max_forget, or max_steps: retrain); inputs untouched.
 
     >>> loss_fn = lambda w, batch: jnp.mean(jax.nn.softplus(-batch * w))
     >>> tx = noisy_sgd(loss_fn, num_examples=4, batch_size=2, max_steps=100, l2=0.25,
@@ -161,12 +169,15 @@ def noisy_sgd(
         noise_stddev=noise_stddev, learning_rate=learning_rate, radius=radius,
         num_examples=num_examples if paper_constants else batch_size * epoch, batch_size=batch_size,
     )  # fmt: skip
+    if not setting.contraction < 1:
+        raise ValueError(f"Expected l2={l2} that contracts a step of {setting.rate} in float64.")
     rate = setting.rate
+    digest = digest_of(setting)
     tx = optax.chain(optax.scale(-rate), transforms.gaussian_noise(setting.step_noise, key=key))
     inner_update = records.wrapped_update(tx, records.Penalty(l2))
     gradient = kernels.clipped_grad(loss_fn, l2_clip_norm=gradient_clip)
     templates: list[Any] = []
-    checked_once: list[bool] = []
+    loss_checked: list[bool] = []
     last: dict[str, float] = {}
 
     def mean_gradient(params, rows, ids, weights, num_rows):
@@ -180,6 +191,7 @@ def noisy_sgd(
         return jax.tree.map(lambda p, g: p - rate * (g + l2 * p), params, grads)
 
     curvature = jax.jit(functools.partial(curvature_of, kernels.weighted_loss(loss_fn)))
+    asymmetry = jax.jit(functools.partial(asymmetry_of, loss_fn, gradient_clip))
 
     def init(params):
         templates[:] = [jax.eval_shape(lambda: params)]
@@ -190,6 +202,7 @@ def noisy_sgd(
             largest_update=jnp.zeros((), jnp.float32),
             carried_distance=jnp.zeros((), jnp.float32),
             carried_at=jnp.zeros((), jnp.int32),
+            settings_digest=jnp.asarray(digest),
         )
         return UnlearnerState(inner, record)
 
@@ -212,6 +225,7 @@ def noisy_sgd(
             largest_update=jnp.maximum(record.largest_update, size),
             carried_distance=record.carried_distance,
             carried_at=record.carried_at,
+            settings_digest=same_settings(record, digest),
         )  # fmt: skip
         updates, inner = inner_update(updates, opt_state.inner, params, **extra)
         return inside(updates, params, radius), UnlearnerState(inner, record)
@@ -231,8 +245,10 @@ def noisy_sgd(
         (new_params, inner), _ = jax.lax.scan(body, (params, state.inner), steps)
         kept = jnp.where(steps[2] != 0, steps[1], -1).astype(jnp.int32)
         full = at[-1] >= max_steps
+        record = logged(state.record, at, kept, num_rows)
         return records.finished(
-            new_params, inner, logged(state.record, at, kept, num_rows),
+            new_params, inner,
+            record._replace(settings_digest=same_settings(record, digest)),
             jnp.where(full, int(Status.TOO_MANY_STEPS), 0).astype(jnp.int32),
             num_steps=jnp.asarray(len(kept), jnp.int32),
         )  # fmt: skip
@@ -245,6 +261,7 @@ def noisy_sgd(
         records.check_participation(record.participation, ids)
         if templates:
             records.check_params(params, templates[0], "noisy_sgd")
+        check_run(record, digest, params, radius)
         if ids.size:
             total = len(records.forgotten_ids(record.participation)) + len(ids)
             accounting.check_request(budget, total, 0)
@@ -263,22 +280,27 @@ def noisy_sgd(
             )
         return plan
 
-    def check_once(params, rows, ids):
-        if checked_once:
+    def check_batch(params, plan, reader):
+        """Look at the first batch that still has a row."""
+        ids = next((ids for ids in plan.ids if np.any(ids >= 0)), None)
+        if ids is None:
             return
+        rows = reader(ids)
         few = jax.tree.map(lambda leaf: leaf[ids >= 0][:8], rows)
-        if not np.any(ids >= 0):
-            return
-        kernels.check_loss(loss_fn, params, few)
+        if not loss_checked:
+            kernels.check_loss(loss_fn, params, few)
         with jax.enable_x64(True):
             wide = widen((params, rows))
-            kernels.check_float64(loss_fn, wide[0], widen(few))
+            if not loss_checked:
+                kernels.check_float64(loss_fn, wide[0], widen(few))
             lowest, highest = curvature(*wide, (ids >= 0).astype(np.float64))
+            skew = asymmetry(*wide, ids >= 0)
         check_curvature(float(lowest), float(highest), smoothness)
-        checked_once.append(True)
+        check_symmetry(float(skew), smoothness)
+        loss_checked.append(True)
 
     def run(params, plan, reader):
-        check_once(params, reader(plan.ids[0]), plan.ids[0])
+        check_batch(params, plan, reader)
         release = None
         with (
             jax.enable_x64(True),

@@ -1,12 +1,13 @@
 """How far rows moved a noisy run, which steps hide it, and the record after them."""
 
+import hashlib
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxunlearn import accounting, errors, records
 
@@ -21,6 +22,7 @@ class NoisySGDRecord(NamedTuple):
     largest_update: norm of the largest incoming update, over the clip.
     carried_distance: how far the model is from one that never saw the rows forgotten so far.
     carried_at: after how many steps that was so; each step since shrank it by c.
+    settings_digest: SHA-256 of what the distances rest on; zeros where steps differed in it.
     """
 
     participation: records.Participation
@@ -28,6 +30,22 @@ class NoisySGDRecord(NamedTuple):
     largest_update: Float[Array, ""]
     carried_distance: Float[Array, ""]
     carried_at: Int[Array, ""]
+    settings_digest: UInt8[Array, "32"]
+
+
+def digest_of(setting) -> np.ndarray:
+    """SHA-256 of l2, the rate, the clip, the noise and the radius of a step."""
+    numbers = (
+        *(setting.strong_convexity, setting.rate, setting.gradient_clip),
+        *(setting.step_noise, setting.radius),
+    )
+    text = " ".join(float(number).hex() for number in numbers)
+    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+
+
+def same_settings(record, digest) -> Array:
+    """The record's digest, or zeros for ever after a step of other settings; in traced code."""
+    return jnp.where(jnp.all(record.settings_digest == digest), record.settings_digest, 0)
 
 
 class Plan(NamedTuple):
@@ -168,4 +186,5 @@ def after(record, ids, plan, setting) -> NoisySGDRecord:
         largest_update=record.largest_update,
         carried_distance=jnp.asarray(np.nextafter(np.float32(left), np.float32(np.inf))),
         carried_at=jnp.asarray(done + count, jnp.int32),
+        settings_digest=record.settings_digest,
     )
