@@ -243,8 +243,7 @@ def recollect(
         """Units forgotten since the tangents were made; with `joint`, in the whole run."""
         if not joint:
             return int(np.sum(~np.asarray(record.along.slot_is_live)))
-        gone = jnp.asarray(records.forgotten_ids(record.participation))
-        return len(np.unique(table.of_examples(gone)))
+        return table.count(records.forgotten_ids(record.participation))
 
     def decide(params, opt_state, ids, examples, data):
         """First order where it can be trusted, else what `if_rough` says."""

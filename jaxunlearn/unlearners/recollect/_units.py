@@ -51,6 +51,10 @@ class Units:
         parts = [self._order[self._starts[u] : self._starts[u + 1]] for u in ids]
         return np.sort(np.concatenate([np.zeros((0,), np.int32), *parts]))
 
+    def count(self, ids: Int[np.ndarray, " e"]) -> int:
+        """How many units some examples belong to; on the host."""
+        return len(np.unique(ids if self._unit_of is None else self._unit_of[ids]))
+
     def of_examples(self, ids: Int[Array, " b"]) -> Int[Array, " b"]:
         """The unit of each example, -1 for what is none. Traced."""
         is_real = (ids >= 0) & (ids < self.num_examples)
